@@ -1,0 +1,99 @@
+// Named argument predicates of the operator entry points: "op: argument must be ..., got ...".
+//
+// nce_ext.functional refuses first, with Python exceptions; these guard direct calls of torch.ops.nce_ext and
+// compiled graphs, so that no argument can make a kernel touch memory it does not own.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "sampled_loss.h"
+
+namespace nce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType wanted) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must be ", torch::headeronly::toString(wanted), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
+  std::string text = "[";
+  bool equal = t.dim() == static_cast<int64_t>(wanted.size());
+  int64_t i = 0;
+  for (const int64_t size : wanted) {
+    text += (i ? ", " : "") + std::to_string(size);
+    equal = equal && t.size(i) == size;
+    ++i;
+  }
+  STD_TORCH_CHECK(equal, name, " must have shape ", text, "], got ", shape_of(t));
+}
+
+// Rows may lie anywhere, but the elements of one lie side by side.
+inline void check_rows(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be 2-D, got shape ", shape_of(t));
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have stride 1 in its last dimension");
+}
+
+inline Storage storage_of(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+  return Storage::kFloat;
+}
+
+inline ScalarType compute_type(Storage storage) {
+  return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Seed seed_of(const Tensor& seed) {
+  check_dtype("seed", seed, ScalarType::Long);
+  check_shape("seed", seed, {2});
+  const auto* words = static_cast<const int64_t*>(seed.const_data_ptr());
+  return Seed{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[seed.stride(0)])};
+}
+
+// The table is trusted beyond its size: nce_ext.noise builds it, and reading it all would cost O(V) a call.
+inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "noise kind must be 0, 1 or 2, got ", kind);
+  STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",
+                  n_classes);
+  Noise noise{};
+  noise.kind = static_cast<NoiseKind>(kind);
+  noise.n_classes = n_classes;
+  noise.log2_range = std::log2(static_cast<double>(n_classes) + 1.0);
+  noise.log_log_range = std::log(std::log1p(static_cast<double>(n_classes)));
+  noise.log_q_uniform = static_cast<float>(-std::log(static_cast<double>(n_classes)));
+  if (noise.kind == NoiseKind::kAlias) {
+    check_dtype("table", table, ScalarType::Int);
+    check_shape("table", table, {n_classes, 4});
+    STD_TORCH_CHECK(table.is_contiguous(), "table must be contiguous");
+    noise.table = static_cast<const AliasEntry*>(table.const_data_ptr());
+  }
+  return noise;
+}
+
+}  // namespace nce

@@ -1,0 +1,36 @@
+// The CPU kernels of one instruction set, and the choice between the sets at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../row_grad.h"
+#include "../sampled_loss.h"
+
+namespace nce {
+
+struct Kernels {
+  const char* level;  // "generic", "avx2", "avx512"
+
+  // ids[i] = the draw of (example, slot) = (i / columns, i % columns), for begin <= i < end.
+  void (*sample)(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids);
+
+  // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) compute values, aligned to 64 bytes.
+  void (*sampled_loss[4])(const SampledLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
+
+  // Segments begin .. end - 1.
+  void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end);  // by weight's Storage
+};
+
+inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+extern const Kernels kKernelsGeneric;
+#if defined(__x86_64__)
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+// The best set that the processor has, or the one that NCE_EXT_SIMD names; throws std::runtime_error if that is
+// unknown or not supported here.
+const Kernels& kernels();
+
+}  // namespace nce

@@ -1,0 +1,24 @@
+// Instantiates the kernels for one instruction set; see kernels_<level>.cpp.
+#pragma once
+
+#include "../objective.h"
+#include "kernels.h"
+#include "row_grad_kernel.h"
+#include "sample_kernel.h"
+#include "sampled_loss_kernel.h"
+#include "simd.h"
+
+#define NCE_STRINGIFY(name) NCE_STRINGIFY_EXPANDED(name)
+#define NCE_STRINGIFY_EXPANDED(name) #name
+
+namespace nce::NCE_SIMD_NAMESPACE {
+
+static constexpr Kernels kTable = {
+    NCE_STRINGIFY(NCE_SIMD_NAMESPACE),
+    sample,
+    {sampled_loss<float, float>, sampled_loss<BFloat16, float>, sampled_loss<Half, float>,
+     sampled_loss<double, double>},
+    {row_grad<float, float>, row_grad<BFloat16, float>, row_grad<Half, float>, row_grad<double, double>},
+};
+
+}  // namespace nce::NCE_SIMD_NAMESPACE

@@ -1,0 +1,152 @@
+// Entry points of the row gradient: sort (class, pair), then sum each class's segment. No atomics, fixed order.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../check.h"
+#include "kernels.h"
+#include "sort_pairs.h"
+
+namespace nce {
+namespace {
+
+constexpr int64_t kPairsPerThread = 8192;  // below that a second thread costs more than it saves
+
+void parallel(int64_t n, const auto& f) {
+  if (n == 1) return f(0);
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// A fresh gradient of many megabytes is mostly page faults; 2 MiB pages make 512 times fewer of them.
+void prefer_huge_pages(void* memory, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + size) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+struct Segments {
+  RowGrad p{};
+  Storage storage;
+  SortedPairs pairs;
+  std::vector<int64_t> starts;
+  int64_t n_threads;
+
+  int64_t size() const { return static_cast<int64_t>(starts.size()) - 1; }
+};
+
+Segments sort_segments(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
+                       int64_t n_classes, ScalarType dtype) {
+  check_dtype("ids", ids, ScalarType::Int);
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.is_contiguous(), "ids must be 2-D and contiguous, got ", shape_of(ids));
+  STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",
+                  n_classes);
+  const int64_t batch = ids.size(0), columns = ids.size(1);
+  const Storage hidden_storage = storage_of("hidden", hidden);
+  const ScalarType compute = compute_type(hidden_storage);
+  check_dtype("dlogit", dlogit, compute);
+  check_shape("dlogit", dlogit, {batch, columns});
+  STD_TORCH_CHECK(dlogit.is_contiguous(), "dlogit must be contiguous");
+  check_dtype("grad_loss", grad_loss, compute);
+  check_shape("grad_loss", grad_loss, {batch});
+  check_rows("hidden", hidden);
+  STD_TORCH_CHECK(hidden.size(0) == batch, "hidden must have ", batch, " rows, got ", hidden.size(0));
+  const int64_t n = batch * columns;
+  STD_TORCH_CHECK(n < (int64_t{1} << 32), "ids must have fewer than 2^32 elements, got ", n);
+  const auto* classes = static_cast<const int32_t*>(ids.const_data_ptr());
+  STD_TORCH_CHECK(n == 0 || *std::max_element(classes, classes + n) < n_classes, "ids must be below ", n_classes);
+
+  Segments s;
+  switch (dtype) {
+    case ScalarType::Float:
+      s.storage = Storage::kFloat;
+      break;
+    case ScalarType::BFloat16:
+      s.storage = Storage::kBFloat16;
+      break;
+    case ScalarType::Half:
+      s.storage = Storage::kHalf;
+      break;
+    default:
+      s.storage = Storage::kDouble;
+  }
+  STD_TORCH_CHECK(s.storage != Storage::kDouble || dtype == ScalarType::Double, "dtype must be a float type");
+  STD_TORCH_CHECK((s.storage == Storage::kDouble) == (hidden_storage == Storage::kDouble),
+                  "dtype and hidden must both be float64 or neither");
+  s.n_threads = std::clamp<int64_t>(n / kPairsPerThread, 1, torch::stable::get_num_threads());
+  const auto loop = [](int64_t count, const auto& f) { parallel(count, f); };
+  s.pairs = sort_pairs(classes, n, n_classes, s.n_threads, loop);
+  s.starts = segment_starts(s.pairs, s.n_threads, loop);
+  s.p.dim = hidden.size(1);
+  s.p.columns = columns;
+  s.p.pairs = s.pairs.keys.get();
+  s.p.segment_start = s.starts.data();
+  s.p.dlogit = dlogit.const_data_ptr();
+  s.p.grad_loss = grad_loss.const_data_ptr();
+  s.p.grad_loss_stride = grad_loss.stride(0);
+  s.p.hidden = hidden.const_data_ptr();
+  s.p.hidden_stride = hidden.stride(0);
+  s.p.hidden_storage = hidden_storage;
+  return s;
+}
+
+// Threads own ranges of segments of about equally many pairs.
+void sum_segments(const Segments& s) {
+  const auto kernel = kernels().row_grad[static_cast<int>(s.storage)];
+  const auto bound = [&](int64_t thread) {
+    const int64_t pair = s.pairs.count * thread / s.n_threads;
+    return std::lower_bound(s.starts.begin(), s.starts.end() - 1, pair) - s.starts.begin();
+  };
+  parallel(s.n_threads, [&](int64_t thread) {
+    const int64_t end = thread + 1 == s.n_threads ? s.size() : bound(thread + 1);
+    kernel(s.p, bound(thread), end);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
+                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias) {
+  Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+  Tensor classes = torch::stable::new_empty(ids, {s.size()}, ScalarType::Long);
+  Tensor rows = torch::stable::new_empty(hidden, {with_rows ? s.size() : 0, s.p.dim}, dtype);
+  Tensor bias = torch::stable::new_empty(hidden, {with_bias ? s.size() : 0}, dtype);
+  auto* out = static_cast<int64_t*>(classes.mutable_data_ptr());
+  for (int64_t i = 0; i < s.size(); ++i) out[i] = static_cast<int64_t>(s.p.pairs[s.starts[i]] >> 32);
+  if (with_rows) {
+    s.p.values = rows.mutable_data_ptr();
+    prefer_huge_pages(s.p.values, rows.numel() * rows.element_size());
+  }
+  if (with_bias) s.p.bias = bias.mutable_data_ptr();
+  sum_segments(s);
+  return {classes, rows, bias};
+}
+
+std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
+                                          int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias) {
+  Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+  Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, s.p.dim}, dtype);
+  Tensor bias = torch::stable::new_zeros(hidden, {with_bias ? n_classes : 0}, dtype);
+  s.p.by_class = true;
+  if (with_rows) s.p.values = rows.mutable_data_ptr();
+  if (with_bias) s.p.bias = bias.mutable_data_ptr();
+  sum_segments(s);
+  return {rows, bias};
+}
+
+}  // namespace
+}  // namespace nce
+
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) {
+  m.impl("row_grad", TORCH_BOX(&nce::row_grad));
+  m.impl("row_grad_dense", TORCH_BOX(&nce::row_grad_dense));
+}

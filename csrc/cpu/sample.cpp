@@ -1,0 +1,37 @@
+// Entry points: noise ids, and the name of the instruction set.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "../check.h"
+#include "kernels.h"
+
+namespace nce {
+namespace {
+
+constexpr int64_t kGrain = 4096;  // draws, about 20 microseconds
+
+Tensor sample(Tensor seed, Tensor table, int64_t kind, int64_t n_classes, int64_t rows, int64_t cols) {
+  const Seed words = seed_of(seed);
+  const Noise noise = noise_of(kind, n_classes, table);
+  constexpr int64_t kLimit = int64_t{1} << 32;
+  STD_TORCH_CHECK(rows >= 0 && rows <= kLimit, "rows must be in 0 .. 2^32, got ", rows);
+  STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
+  Tensor ids = torch::stable::new_empty(seed, {rows, cols});
+  auto* out = static_cast<int64_t*>(ids.mutable_data_ptr());
+  torch::stable::parallel_for(0, ids.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    kernels().sample(noise, words, cols, begin, end, out);
+  });
+  return ids;
+}
+
+std::string simd_level() { return kernels().level; }
+
+}  // namespace
+}  // namespace nce
+
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) { m.impl("sample", TORCH_BOX(&nce::sample)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CompositeExplicitAutograd, m) {
+  m.impl("simd_level", TORCH_BOX(&nce::simd_level));
+}

@@ -1,0 +1,277 @@
+// The fused forward pass of a range of examples: draw, gather, dot, correct, objective, gradient of hidden.
+//
+// Work comes in tiles of up to 16 candidate rows of one example. While a tile is computed the rows of the next one
+// are on their way from memory, so each row is read once from there, and a second time, for the gradient of hidden,
+// from the cache.
+#pragma once
+
+#include "../objective.h"
+#include "../sampled_loss.h"
+#include "kernels.h"
+#include "sample_kernel.h"
+#include "simd.h"
+
+namespace nce::NCE_SIMD_NAMESPACE {
+
+template <class Stored, class Real>
+struct Tile {
+  int64_t example;
+  bool first, last;  // of its example
+  int count;         // live candidates; masked ones are left out
+  Real scale;        // 1, or 1 / number of candidates
+  const Stored* row[kLanes];
+  int32_t id[kLanes];
+  int64_t column[kLanes];
+  alignas(64) Real correction[kLanes];
+  alignas(64) Real label[kLanes];
+};
+
+// Walks the candidates of examples begin .. end - 1 tile by tile.
+template <class Stored, class Real>
+struct TileReader {
+  const SampledLoss& p;
+  int64_t example, end;
+  int64_t column = 0;
+  int64_t n_positive = 0;
+
+  // Examples without a target get their outputs here, and no tile. False when there is nothing left.
+  NCE_INLINE_LAMBDA inline bool next(Tile<Stored, Real>& tile) {
+    while (column == 0 && example < end) {
+      const int64_t* target = p.target + example * p.n_targets;
+      n_positive = 0;
+      for (int64_t t = 0; t < p.n_targets; ++t) n_positive += target[t] != p.ignore_index;
+      if (n_positive > 0) break;
+      skip_example();
+      ++example;
+    }
+    if (example >= end) return false;
+
+    const int64_t n_columns = p.n_targets + p.n_negatives;
+    const int64_t tile_end = column + kLanes < n_columns ? column + kLanes : n_columns;
+    tile.example = example;
+    tile.first = column == 0;
+    tile.last = tile_end == n_columns;
+    tile.scale = p.mean_candidates ? Real(1) / static_cast<Real>(n_positive + p.n_negatives) : Real(1);
+    tile.count = 0;
+    for (int i = 0; i < kLanes; ++i) tile.correction[i] = tile.label[i] = Real(0);
+    for (; column < tile_end && column < p.n_targets; ++column) add_target(tile);
+    if (column < tile_end) add_negatives(tile, tile_end);
+    column = tile_end;
+    if (tile.last) {
+      column = 0;
+      ++example;
+    }
+    prefetch(tile);
+    return true;
+  }
+
+  inline void skip_example() {
+    const int64_t n_columns = p.n_targets + p.n_negatives;
+    static_cast<Real*>(p.loss)[example] = Real(0);
+    if (p.ids) {
+      for (int64_t c = 0; c < n_columns; ++c) p.ids[example * n_columns + c] = -1;
+      std::memset(static_cast<Real*>(p.dlogit) + example * n_columns, 0, n_columns * sizeof(Real));
+    }
+    if (p.grad_hidden) std::memset(static_cast<Real*>(p.grad_hidden) + example * p.dim, 0, p.dim * sizeof(Real));
+  }
+
+  inline void mask(int64_t masked_column, int32_t id) {
+    if (!p.ids) return;
+    const int64_t pair = example * (p.n_targets + p.n_negatives) + masked_column;
+    p.ids[pair] = id;
+    static_cast<Real*>(p.dlogit)[pair] = Real(0);
+  }
+
+  NCE_INLINE_LAMBDA inline void add(Tile<Stored, Real>& tile, int64_t at, int64_t id, Real log_q, Real label) {
+    const int i = tile.count++;
+    tile.id[i] = static_cast<int32_t>(id);
+    tile.column[i] = at;
+    tile.row[i] = static_cast<const Stored*>(p.weight) + id * p.weight_stride;
+    tile.correction[i] = p.subtract_log_q ? log_q : Real(0);
+    tile.label[i] = label;
+  }
+
+  NCE_INLINE_LAMBDA inline void add_target(Tile<Stored, Real>& tile) {
+    const int64_t at = example * p.n_targets + column, id = p.target[at];
+    if (id == p.ignore_index) return mask(column, -1);
+    Real q = Real(0);
+    if (p.target_log_q) {
+      q = static_cast<const Real*>(p.target_log_q)[at];
+    } else if (p.subtract_log_q) {
+      q = log_q(p.noise, id);
+    }
+    add(tile, column, id, q, p.uniform_labels ? Real(1) / static_cast<Real>(n_positive) : Real(1));
+  }
+
+  NCE_INLINE_LAMBDA inline bool is_hit(int64_t id) const {
+    const int64_t* target = p.target + example * p.n_targets;
+    for (int64_t t = 0; t < p.n_targets; ++t) {
+      if (target[t] == id && target[t] != p.ignore_index) return true;
+    }
+    return false;
+  }
+
+  NCE_INLINE_LAMBDA inline void add_negatives(Tile<Stored, Real>& tile, int64_t tile_end) {
+    const int64_t slot = column - p.n_targets;
+    const int n = static_cast<int>(tile_end - column);
+    int64_t id[kLanes];
+    Real q[kLanes];
+    if (p.negatives) {
+      for (int i = 0; i < n; ++i) {
+        id[i] = p.negatives[example * p.negatives_stride + slot + i];
+        if (p.negative_log_q) {
+          q[i] = static_cast<const Real*>(p.negative_log_q)[example * p.negative_log_q_stride + slot + i];
+        } else {
+          q[i] = p.subtract_log_q ? static_cast<Real>(log_q(p.noise, id[i])) : Real(0);
+        }
+      }
+    } else {
+      uint64_t bits[kLanes];
+      draw_block(p.seed, static_cast<uint32_t>(example), slot, n, bits);
+      for (int i = 0; i < n; ++i) {
+        const Draw drawn = draw(p.noise, bits[i]);
+        id[i] = drawn.id;
+        q[i] = drawn.log_q;
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      if (p.remove_hits && is_hit(id[i])) {
+        mask(column + i, static_cast<int32_t>(id[i]));
+      } else {
+        add(tile, column + i, id[i], q[i], Real(0));
+      }
+    }
+  }
+
+  NCE_INLINE_LAMBDA inline void prefetch(const Tile<Stored, Real>& tile) const {
+    constexpr uintptr_t kLine = 64;
+    for (int i = 0; i < tile.count; ++i) {
+      const uintptr_t row = reinterpret_cast<uintptr_t>(tile.row[i]), row_end = row + p.dim * sizeof(Stored);
+      for (uintptr_t line = row & ~(kLine - 1); line < row_end; line += kLine) {
+        __builtin_prefetch(reinterpret_cast<const void*>(line));
+      }
+      if (p.bias) __builtin_prefetch(static_cast<const Stored*>(p.bias) + tile.id[i]);
+    }
+  }
+};
+
+// A row of storage as `padded_dim` compute values, zero beyond dim.
+template <class Stored, class Real>
+NCE_INLINE void widen(const Stored* row, int64_t dim, Real* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(out + d, load(row + d));
+  if (d < dim) store(out + d, load_first(row + d, dim - d));
+}
+
+template <class Real>
+NCE_INLINE void widen_hidden(const void* hidden, int64_t offset, Storage storage, int64_t dim, Real* out) {
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    widen(static_cast<const double*>(hidden) + offset, dim, out);
+  } else if (storage == Storage::kFloat) {
+    widen(static_cast<const float*>(hidden) + offset, dim, out);
+  } else if (storage == Storage::kBFloat16) {
+    widen(static_cast<const BFloat16*>(hidden) + offset, dim, out);
+  } else {
+    widen(static_cast<const Half*>(hidden) + offset, dim, out);
+  }
+}
+
+// z[r] = <x, row[r]> for kRows rows at once, so that x is loaded once for all of them.
+template <int kRows, class Stored, class Real>
+NCE_INLINE void dot_rows(const Stored* const* row, const Real* x, int64_t dim, Real* z) {
+  Vec<Real> sums[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r] = Vec<Real>(Real(0));
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    const Vec<Real> xs = load(x + d);
+    for (int r = 0; r < kRows; ++r) sums[r] = fma(load(row[r] + d), xs, sums[r]);
+  }
+  if (d < dim) {
+    const Vec<Real> xs = load(x + d);
+    for (int r = 0; r < kRows; ++r) sums[r] = fma(load_first(row[r] + d, dim - d), xs, sums[r]);
+  }
+  for (int r = 0; r < kRows; ++r) z[r] = sum(sums[r]);
+}
+
+// gradient += sum_r coefficient[r] * row[r]
+template <int kRows, class Stored, class Real>
+NCE_INLINE void add_rows(const Stored* const* row, const Real* coefficient, int64_t dim, Real* gradient) {
+  Vec<Real> c[kRows];
+  for (int r = 0; r < kRows; ++r) c[r] = Vec<Real>(coefficient[r]);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    Vec<Real> g = load(gradient + d);
+    for (int r = 0; r < kRows; ++r) g = fma(c[r], load(row[r] + d), g);
+    store(gradient + d, g);
+  }
+  if (d < dim) {
+    Vec<Real> g = load(gradient + d);
+    for (int r = 0; r < kRows; ++r) g = fma(c[r], load_first(row[r] + d, dim - d), g);
+    store(gradient + d, g);
+  }
+}
+
+template <class Stored, class Real>
+NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Real* x, Real* gradient,
+                             Real& loss) {
+  alignas(64) Real z[kLanes] = {}, live[kLanes] = {}, dlogit[kLanes];
+  int r = 0;
+  for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, x, p.dim, z + r);
+  if (r + 2 <= tile.count) {
+    dot_rows<2>(tile.row + r, x, p.dim, z + r);
+    r += 2;
+  }
+  if (r < tile.count) dot_rows<1>(tile.row + r, x, p.dim, z + r);
+
+  Real shift = static_cast<Real>(p.offset);
+  if (p.log_z) shift += static_cast<const Real*>(p.log_z)[tile.example * p.log_z_stride];
+  for (int i = 0; i < tile.count; ++i) {
+    live[i] = tile.scale;
+    if (p.bias) z[i] += load_one(static_cast<const Stored*>(p.bias) + tile.id[i]);
+  }
+  const Vec<Real> corrected = load(z) - (load(tile.correction) + Vec<Real>(shift));
+  const Column<Vec<Real>> column = binary_column(corrected, load(tile.label));
+  loss += sum(column.loss * load(live));
+  store(dlogit, column.dlogit * load(live));
+
+  if (p.dlogit) {
+    const int64_t base = tile.example * (p.n_targets + p.n_negatives);
+    for (int i = 0; i < tile.count; ++i) {
+      p.ids[base + tile.column[i]] = tile.id[i];
+      static_cast<Real*>(p.dlogit)[base + tile.column[i]] = dlogit[i];
+    }
+  }
+  if (p.grad_hidden) {
+    for (r = 0; r + 4 <= tile.count; r += 4) add_rows<4>(tile.row + r, dlogit + r, p.dim, gradient);
+    for (; r < tile.count; ++r) add_rows<1>(tile.row + r, dlogit + r, p.dim, gradient);
+  }
+}
+
+template <class Stored, class Real>
+static void sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
+  const int64_t padded = padded_dim(p.dim);
+  Real* x = static_cast<Real*>(scratch);
+  Real* gradient = x + padded;
+  Real loss = Real(0);
+  TileReader<Stored, Real> reader{p, begin, end};
+  Tile<Stored, Real> tiles[2];
+  bool more = reader.next(tiles[0]);
+  for (int current = 0; more; current ^= 1) {
+    const Tile<Stored, Real>& tile = tiles[current];
+    more = reader.next(tiles[current ^ 1]);
+    if (tile.first) {
+      widen_hidden(p.hidden, tile.example * p.hidden_stride, p.hidden_storage, p.dim, x);
+      std::memset(gradient, 0, padded * sizeof(Real));
+      loss = Real(0);
+    }
+    compute_tile(p, tile, x, gradient, loss);
+    if (tile.last) {
+      static_cast<Real*>(p.loss)[tile.example] = loss;
+      if (p.grad_hidden) {
+        std::memcpy(static_cast<Real*>(p.grad_hidden) + tile.example * p.dim, gradient, p.dim * sizeof(Real));
+      }
+    }
+  }
+}
+
+}  // namespace nce::NCE_SIMD_NAMESPACE

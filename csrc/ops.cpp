@@ -1,0 +1,40 @@
+// Every operator's schema; kernels are registered at the bottom of their own files.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nce_ext, m) {
+  // Instruction set of the CPU kernels in use.
+  m.def("simd_level() -> str");
+
+  // Noise ids, int64 [rows, cols].
+  m.def("sample(Tensor seed, Tensor table, int kind, int n_classes, int rows, int cols) -> Tensor");
+
+  // Alias table, int32 [V, 4], of float64 weights [V] whose sum times scale is V 2^32.
+  m.def("alias_table(Tensor weights, float scale) -> Tensor");
+
+  // Per-example loss [B], ids int32 [B, T + k], dlogit [B, T + k], unscaled gradient of hidden [B, D].
+  // negatives and negative_log_q are [B, k], or [1, k] where all examples share them.
+  m.def(
+      "sampled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? log_z, Tensor? seed, "
+      "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
+      "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
+      "int ignore_index, bool needs_hidden_grad, bool needs_row_grad, bool sparse) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+
+  // Gradient rows of the touched classes: classes int64 [U] ascending, weight rows [U, D], bias elements [U].
+  m.def(
+      "row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int n_classes, ScalarType dtype, "
+      "bool with_rows, bool with_bias) -> (Tensor, Tensor, Tensor)");
+
+  // The same as dense tensors: weight gradient [V, D], bias gradient [V].
+  m.def(
+      "row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int n_classes, ScalarType dtype, "
+      "bool with_rows, bool with_bias) -> (Tensor, Tensor)");
+}
+
+// Importing nce_ext._C loads the library, whose static initialisers register the operators; the module is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

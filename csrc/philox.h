@@ -1,0 +1,48 @@
+// Stateless random bits: Philox4x32-10 (Salmon et al., SC 2011), a pure function of (seed, example, slot).
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace nce {
+
+struct Seed {
+  uint64_t key;    // seed[0]
+  uint64_t nonce;  // seed[1], the upper half of the counter
+};
+
+struct Words {
+  uint32_t w[4];
+};
+
+NCE_HD uint32_t high_product(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
+
+NCE_HD Words philox4x32_10(Words c, uint32_t k0, uint32_t k1) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = high_product(kMultiplier0, c.w[0]), low0 = kMultiplier0 * c.w[0];
+    const uint32_t high1 = high_product(kMultiplier1, c.w[2]), low1 = kMultiplier1 * c.w[2];
+    c = Words{{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
+    k0 += kWeyl0;
+    k1 += kWeyl1;
+  }
+  return c;
+}
+
+// The four words that serve slots 2 * pair and 2 * pair + 1 of an example.
+NCE_HD Words random_words(Seed seed, uint32_t example, uint32_t pair) {
+  const Words counter{{pair, example, static_cast<uint32_t>(seed.nonce), static_cast<uint32_t>(seed.nonce >> 32)}};
+  return philox4x32_10(counter, static_cast<uint32_t>(seed.key), static_cast<uint32_t>(seed.key >> 32));
+}
+
+// The 64-bit draw of one slot: words 0 and 1 for an even slot, 2 and 3 for an odd one.
+NCE_HD uint64_t draw_bits(const Words& words, int64_t slot) {
+  const int first = static_cast<int>(slot & 1) * 2;
+  return (static_cast<uint64_t>(words.w[first + 1]) << 32) | words.w[first];
+}
+
+}  // namespace nce

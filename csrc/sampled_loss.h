@@ -1,0 +1,46 @@
+// Parameters of the fused forward pass: filled once after checking, read by every backend's kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "noise.h"
+#include "philox.h"
+
+namespace nce {
+
+enum class Storage : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
+
+// Pointers to "compute" values are to float, or to double if the weight is stored as double.
+struct SampledLoss {
+  int64_t batch, dim, n_targets, n_negatives, n_classes;
+
+  const void* hidden;  // [batch, dim]
+  int64_t hidden_stride;
+  Storage hidden_storage;
+  const void* weight;  // [n_classes, dim]
+  int64_t weight_stride;
+  const void* bias;        // [n_classes] of the weight's storage, or null
+  const int64_t* target;   // [batch, n_targets], ignore_index where there is none
+  const void* log_z;       // compute, [batch], or null
+  int64_t log_z_stride;
+
+  Noise noise;
+  Seed seed;
+  const int64_t* negatives;  // given ids [batch or 1, n_negatives], or null: draw
+  int64_t negatives_stride;  // 0 when all examples share them
+  const void* target_log_q;  // compute, [batch, n_targets], or null: the noise's
+  const void* negative_log_q;
+  int64_t negative_log_q_stride;
+
+  bool subtract_log_q;
+  double offset;  // log k of the correction plus a constant log z
+  bool remove_hits, uniform_labels, mean_candidates;
+  int64_t ignore_index;
+
+  void* loss;         // compute, [batch]
+  int32_t* ids;       // [batch, n_targets + n_negatives], or null; -1 where a target is absent
+  void* dlogit;       // compute, same shape, or null
+  void* grad_hidden;  // compute, [batch, dim], or null
+};
+
+}  // namespace nce

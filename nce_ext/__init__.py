@@ -1,0 +1,22 @@
+"""Sampled-softmax losses for PyTorch whose training cost does not depend on the vocabulary.
+
+    loss_fn = nce_ext.NCELoss(in_features, n_classes, nce_ext.noise.Unigram(counts), num_negatives)
+    loss = loss_fn(hidden, target)
+
+replaces ``nn.Linear(in_features, n_classes)`` followed by ``nn.CrossEntropyLoss()``.
+"""
+
+from nce_ext import evaluate, functional, noise
+from nce_ext._library import __version__, build_info, set_debug
+from nce_ext.losses import NCELoss, NegativeSamplingLoss
+
+__all__ = [
+    "NCELoss",
+    "NegativeSamplingLoss",
+    "__version__",
+    "build_info",
+    "evaluate",
+    "functional",
+    "noise",
+    "set_debug",
+]

@@ -1,0 +1,113 @@
+"""Refusals: every argument is checked before any work, in the order device, dtype, layout, rank, size, range.
+
+Each message names the argument, says what is allowed and what was got.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nce_ext import _library
+from nce_ext.noise import Noise, describe
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def count(name: str, value: object, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if value < low or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"in {low} .. {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a {names} tensor, got {describe(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on hidden's device {device}, got {value.device}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be a {names} tensor, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {value.layout}")
+    return value
+
+
+def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    tensor("hidden", hidden, FLOATS)
+    tensor("weight", weight, FLOATS, hidden.device)
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"hidden and weight must both be float64 or neither, got {hidden.dtype} and {weight.dtype}")
+    if bias is not None:
+        tensor("bias", bias, (weight.dtype,), hidden.device)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [n_classes, D], got shape {list(weight.shape)}")
+    if hidden.dim() < 1:
+        raise ValueError("hidden must be [..., D], got a scalar")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must have weight's D = {weight.shape[1]} as its last size, got shape {list(hidden.shape)}"
+        )
+    if weight.shape[1] < 1 or weight.shape[0] < 1:
+        raise ValueError(f"weight must have at least one row and one column, got shape {list(weight.shape)}")
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(
+            f"weight must have rows with stride 1 between elements, got strides {weight.stride()}; "
+            "store it as [n_classes, D] (a transposed view would touch all of it on every step)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def noise_of(noise: object, weight: Tensor) -> Noise:
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise must be an nce_ext.noise distribution, got {describe(noise)}")
+    if noise.table.device != weight.device:
+        raise ValueError(f"noise must be on hidden's device {weight.device}, got {noise.table.device}; use noise.to()")
+    if noise.n_classes != weight.shape[0]:
+        raise ValueError(f"noise must have weight's {weight.shape[0]} classes, got {noise.n_classes}")
+    return noise
+
+
+def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, symbol: str = "k") -> None:
+    """A tensor must be hidden's leading sizes, or those and one more dimension."""
+    wanted = list(lead) if extra is None else [*lead, extra]
+    if list(value.shape) != wanted:
+        raise ValueError(f"{name} must have shape {wanted} for hidden of leading sizes {list(lead)}, got {list(value.shape)}")
+
+
+def ids_in_range(name: str, ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
+    """Values are checked on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
+    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or _library.debug_enabled()):
+        return
+    bad = (ids < 0) | (ids >= n_classes)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        ignore = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+        raise ValueError(
+            f"{name} must be in 0 .. {n_classes - 1}{ignore}, got {int(ids[tuple(where)])} at index {where}"
+        )
+
+
+def targets_can_be_drawn(target: Tensor, noise: Noise, ignore_index: int) -> None:
+    """A class with q = 0 has no log q; it cannot be a target under a correction."""
+    if torch.compiler.is_compiling() or noise.kind != 2 or not (target.device.type == "cpu" or _library.debug_enabled()):
+        return
+    positive = target != ignore_index
+    bad = positive & torch.isinf(noise.log_prob(torch.where(positive, target, 0)))
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"target must be a class that the noise can draw, got class {int(target[tuple(where)])} with count 0 "
+            f"at index {where}; give it a count, or use correction='none'"
+        )

@@ -1,0 +1,136 @@
+"""The compiled operators seen from Python: fakes, autograd, and the choice between them and the reference.
+
+Nothing else in the package touches ``torch.ops``. Schemas are in csrc/ops.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nce_ext import _library, reference
+
+
+def sample(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols: int) -> Tensor:
+    """Noise ids, int64 [rows, cols]."""
+    if _library.fused_available(seed.device):
+        return torch.ops.nce_ext.sample(seed, table, kind, n_classes, rows, cols)
+    return reference.draw(kind, n_classes, table, seed, rows, cols)
+
+
+def alias_table(weights: Tensor, scale: float) -> Tensor:
+    """int32 [V, 4] table of float64 weights whose sum times ``scale`` is V 2^32."""
+    if _library.fused_available(weights.device):
+        return torch.ops.nce_ext.alias_table(weights, scale)
+    return reference.alias_table(weights, scale)
+
+
+def sampled_loss(*args: Any) -> Tensor:
+    """Per-example loss [B] of the fused operator; arguments as in its schema."""
+    return torch.ops.nce_ext.sampled_loss(*args)[0]
+
+
+def _fake_sample(seed, table, kind, n_classes, rows, cols):
+    return seed.new_empty((rows, cols))
+
+
+def _fake_alias_table(weights, scale):
+    return weights.new_empty((weights.shape[0], 4), dtype=torch.int32)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_sampled_loss(
+    hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
+    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
+    needs_row_grad, sparse,
+):  # fmt: skip
+    batch, dim = hidden.shape
+    columns = target.shape[1] + num_negatives
+    compute = _compute_dtype(weight.dtype)
+    rows = batch if needs_row_grad else 0
+    return (
+        hidden.new_empty((batch,), dtype=compute),
+        hidden.new_empty((rows, columns), dtype=torch.int32),
+        hidden.new_empty((rows, columns), dtype=compute),
+        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
+    )
+
+
+def _fake_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias):
+    unique = torch.library.get_ctx().new_dynamic_size()
+    return (
+        ids.new_empty((unique,), dtype=torch.int64),
+        hidden.new_empty((unique if with_rows else 0, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty((unique if with_bias else 0,), dtype=dtype),
+    )
+
+
+def _fake_row_grad_dense(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias):
+    return (
+        hidden.new_empty((n_classes if with_rows else 0, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty((n_classes if with_bias else 0,), dtype=dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias = inputs[:3]
+    _, ids, dlogit, grad_hidden = output
+    ctx.set_materialize_grads(False)
+    ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype
+    ctx.sparse = inputs[-1]
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_log_z = ctx.needs_input_grad[4]
+    ctx.save_for_backward(
+        hidden if needs_weight or needs_bias else None,
+        ids if needs_weight or needs_bias else None,
+        dlogit if needs_weight or needs_bias or needs_log_z else None,
+        grad_hidden if needs_hidden else None,
+    )
+
+
+def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
+    """Everything is linear in grad_loss [B], so the kernels of the forward pass have done all but a scaling."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "nce_ext losses cannot be differentiated twice (create_graph=True); use backend='reference' for that"
+        )
+    inputs: list[Tensor | None] = [None] * 21
+    if grad_loss is None:
+        return tuple(inputs)
+    hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if needs_hidden:
+        inputs[0] = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
+    if needs_weight or needs_bias:
+        operator = torch.ops.nce_ext.row_grad if ctx.sparse else torch.ops.nce_ext.row_grad_dense
+        result = operator(ids, dlogit, grad_loss, hidden, ctx.n_classes, ctx.row_dtype, needs_weight, needs_bias)
+        if ctx.sparse:
+            rows, weight_values, bias_values = result
+            if needs_weight:
+                inputs[1] = _coalesced(rows, weight_values, (ctx.n_classes, weight_values.shape[1]))
+            if needs_bias:
+                inputs[2] = _coalesced(rows, bias_values, (ctx.n_classes,))
+        else:
+            inputs[1] = result[0] if needs_weight else None
+            inputs[2] = result[1] if needs_bias else None
+    if ctx.needs_input_grad[4]:
+        inputs[4] = -dlogit.sum(1) * grad_loss
+    return tuple(inputs)
+
+
+def _coalesced(rows: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    return torch.sparse_coo_tensor(rows[None], values, size, is_coalesced=True, check_invariants=False)
+
+
+if "fused (cpu)" not in _library.build_info()["missing"]:  # type: ignore[operator]
+    torch.library.register_fake("nce_ext::sample", _fake_sample)
+    torch.library.register_fake("nce_ext::alias_table", _fake_alias_table)
+    torch.library.register_fake("nce_ext::sampled_loss", _fake_sampled_loss)
+    torch.library.register_fake("nce_ext::row_grad", _fake_row_grad)
+    torch.library.register_fake("nce_ext::row_grad_dense", _fake_row_grad_dense)
+    torch.library.register_autograd("nce_ext::sampled_loss", _backward, setup_context=_setup_context)

@@ -1,0 +1,125 @@
+"""Exact full-vocabulary evaluation in chunks: what a sampled loss trains for, measured without holding [N, V]."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["nll", "perplexity", "topk"]
+
+
+class OutputLayer(Protocol):
+    """``NCELoss``, ``nn.Linear``, or anything else with these two."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def nll(
+    layer: OutputLayer,
+    hidden: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    max_logits: int = 2**24,
+) -> Tensor:
+    """Exact negative log-likelihood of the full softmax, in nats.
+
+    Equivalent to ``F.cross_entropy(F.linear(hidden, layer.weight, layer.bias).float(), target,
+    reduction=reduction, ignore_index=ignore_index)``, with at most ``max_logits`` logits in memory.
+
+    Args:
+        layer: has ``weight`` [V, D] and ``bias`` [V] or None.
+        hidden: [..., D].
+        target: class ids, int64, [...].
+        reduction: "mean" over the targets that are not ignored, "sum", or "none" ([...], 0 where ignored).
+        ignore_index: target value to leave out.
+        max_logits: size of a chunk, in logits.
+
+    Returns:
+        float32 (float64 for float64 weights); the mean of no targets is NaN, as in ``F.cross_entropy``.
+
+    Raises:
+        ValueError: shapes that do not fit, another reduction, a target out of range.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
+    weight, bias = layer.weight, layer.bias
+    _check_hidden(weight, hidden)
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have shape {list(hidden.shape[:-1])}, got {list(target.shape)}")
+    flat_target = target.reshape(-1)
+    valid = flat_target != ignore_index
+    if ((flat_target < 0) | (flat_target >= weight.shape[0]))[valid].any():
+        raise ValueError(f"target must be in 0 .. {weight.shape[0] - 1} or ignore_index = {ignore_index}")
+    losses = torch.cat(
+        [
+            _nll_chunk(weight, bias, rows, targets, ignore_index)
+            for rows, targets in zip(
+                *(_split(t, weight.shape[0], max_logits) for t in (hidden.reshape(-1, hidden.shape[-1]), flat_target)),
+                strict=True,
+            )
+        ]
+    )
+    if reduction == "none":
+        return losses.reshape(target.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / valid.sum()
+
+
+def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if compute == weight.dtype == hidden.dtype and hasattr(F, "linear_cross_entropy"):
+        return F.linear_cross_entropy(
+            hidden, weight, target, linear_bias=bias, reduction="none", ignore_index=ignore_index
+        )
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).to(compute)
+    return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
+
+
+def perplexity(layer: OutputLayer, hidden: Tensor, target: Tensor, **options) -> Tensor:
+    """exp of the mean exact negative log-likelihood: ``nll(layer, hidden, target, **options).exp()``."""
+    return nll(layer, hidden, target, **{**options, "reduction": "mean"}).exp()
+
+
+@torch.no_grad()
+def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
+    """The k best classes of each example, best first.
+
+    Equivalent to ``F.linear(hidden, layer.weight, layer.bias).topk(k)``, with at most ``max_logits`` logits in memory.
+
+    Args:
+        layer: has ``weight`` [V, D] and ``bias`` [V] or None.
+        hidden: [..., D].
+        k: 1 .. V.
+        max_logits: size of a chunk, in logits.
+
+    Returns:
+        (logits, ids), each [..., k].
+
+    Raises:
+        ValueError: shapes that do not fit, k out of range.
+    """
+    weight, bias = layer.weight, layer.bias
+    _check_hidden(weight, hidden)
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k must be in 1 .. {weight.shape[0]}, got {k}")
+    best = [
+        F.linear(rows.to(weight.dtype), weight, bias).topk(k)
+        for rows in _split(hidden.reshape(-1, hidden.shape[-1]), weight.shape[0], max_logits)
+    ]
+    shape = (*hidden.shape[:-1], k)
+    return torch.cat([values for values, _ in best]).reshape(shape), torch.cat([ids for _, ids in best]).reshape(shape)
+
+
+def _check_hidden(weight: Tensor, hidden: Tensor) -> None:
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [..., {weight.shape[1]}], got shape {list(hidden.shape)}")
+
+
+def _split(rows: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
+    return rows.split(max(1, max_logits // n_classes)) if len(rows) else (rows,)

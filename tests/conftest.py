@@ -1,0 +1,58 @@
+"""Fixtures every test gets: a known random state, poisoned fresh memory, and the choice of backend."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from nce_ext import _library, functional
+
+
+def require_native() -> None:
+    """Skip without the compiled kernels, unless the run has declared that they must be there."""
+    cpu = torch.device("cpu")
+    if _library.fused_available(cpu):
+        return
+    if os.environ.get("NCE_EXT_TEST_REQUIRE_NATIVE") == "1":
+        pytest.fail(f"NCE_EXT_TEST_REQUIRE_NATIVE=1, but: {_library.why_missing(cpu)}")
+    pytest.skip(f"no compiled kernels: {_library.why_missing(cpu)}")
+
+
+@pytest.fixture
+def native() -> None:
+    require_native()
+
+
+@pytest.fixture(params=["reference", "fused"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "fused":
+        require_native()
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def known_state():
+    """Seed torch, poison what is allocated and not written, and put everything back.
+
+    Deterministic mode makes ``torch.empty`` hand out NaN (or the largest integer), so an output that a kernel leaves
+    unwritten fails the comparison instead of passing by luck. warn_only: other torch ops need not be deterministic.
+    """
+    threads, warned = torch.get_num_threads(), functional._warned_dense_gradient
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20261121)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    functional._warned_dense_gradient = warned
+
+
+@pytest.fixture
+def unpoisoned(known_state):
+    """For allocations so large that touching every page would cost the machine's memory."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
