@@ -25,6 +25,7 @@ FLAGS = [
     # Ids must agree to the last bit between processors with and without fused multiply-add; kernels that want one
     # ask for it.
     "-ffp-contract=off",
+    "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",

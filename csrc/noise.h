@@ -20,11 +20,11 @@ struct alignas(16) AliasEntry {
 
 struct Noise {
   NoiseKind kind;
-  int64_t n_classes;         // < 2^31
-  const AliasEntry* table;   // kAlias
-  double log2_range;         // kLogUniform: log2(V + 1)
-  double log_log_range;      // kLogUniform: log(log1p(V))
-  float log_q_uniform;       // kUniform: -log V
+  int64_t n_classes;        // < 2^31
+  const AliasEntry* table;  // kAlias
+  double log2_range;        // kLogUniform: log2(V + 1)
+  double log_log_range;     // kLogUniform: log(log1p(V))
+  float log_q_uniform;      // kUniform: -log V
 };
 
 struct Draw {

@@ -12,6 +12,9 @@ struct Seed {
   uint64_t nonce;  // seed[1], the upper half of the counter
 };
 
+constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
 struct Words {
   uint32_t w[4];
 };
@@ -21,14 +24,12 @@ NCE_HD uint32_t high_product(uint32_t a, uint32_t b) {
 }
 
 NCE_HD Words philox4x32_10(Words c, uint32_t k0, uint32_t k1) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
   for (int round = 0; round < 10; ++round) {
-    const uint32_t high0 = high_product(kMultiplier0, c.w[0]), low0 = kMultiplier0 * c.w[0];
-    const uint32_t high1 = high_product(kMultiplier1, c.w[2]), low1 = kMultiplier1 * c.w[2];
+    const uint32_t high0 = high_product(kPhiloxMultiplier0, c.w[0]), low0 = kPhiloxMultiplier0 * c.w[0];
+    const uint32_t high1 = high_product(kPhiloxMultiplier1, c.w[2]), low1 = kPhiloxMultiplier1 * c.w[2];
     c = Words{{high1 ^ c.w[1] ^ k0, low1, high0 ^ c.w[3] ^ k1, low0}};
-    k0 += kWeyl0;
-    k1 += kWeyl1;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
   }
   return c;
 }

@@ -19,8 +19,8 @@ struct RowGrad {
   int64_t hidden_stride;
   Storage hidden_storage;
 
-  void* values;  // gradient rows of `dim`, of the weight's storage, or null
-  void* bias;    // gradient elements, or null
+  void* values;   // gradient rows of `dim`, of the weight's storage, or null
+  void* bias;     // gradient elements, or null
   bool by_class;  // write row s of the output at its class (dense) instead of at s (COO)
 };
 

@@ -19,9 +19,9 @@ struct SampledLoss {
   Storage hidden_storage;
   const void* weight;  // [n_classes, dim]
   int64_t weight_stride;
-  const void* bias;        // [n_classes] of the weight's storage, or null
-  const int64_t* target;   // [batch, n_targets], ignore_index where there is none
-  const void* log_z;       // compute, [batch], or null
+  const void* bias;       // [n_classes] of the weight's storage, or null
+  const int64_t* target;  // [batch, n_targets], ignore_index where there is none
+  const void* log_z;      // compute, [batch], or null
   int64_t log_z_stride;
 
   Noise noise;

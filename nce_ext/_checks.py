@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nce_ext import _library
+from nce_ext import _library, reference
 from nce_ext.noise import Noise, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,12 +81,13 @@ def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, 
     """A tensor must be hidden's leading sizes, or those and one more dimension."""
     wanted = list(lead) if extra is None else [*lead, extra]
     if list(value.shape) != wanted:
-        raise ValueError(f"{name} must have shape {wanted} for hidden of leading sizes {list(lead)}, got {list(value.shape)}")
+        raise ValueError(
+            f"{name} must have shape {wanted} for hidden of leading sizes {list(lead)}, got {list(value.shape)}"
+        )
 
 
 def ids_in_range(name: str, ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
-    """Values are checked on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or _library.debug_enabled()):
+    if not _checks_values(ids):
         return
     bad = (ids < 0) | (ids >= n_classes)
     if ignore_index is not None:
@@ -99,15 +100,20 @@ def ids_in_range(name: str, ids: Tensor, n_classes: int, ignore_index: int | Non
         )
 
 
-def targets_can_be_drawn(target: Tensor, noise: Noise, ignore_index: int) -> None:
-    """A class with q = 0 has no log q; it cannot be a target under a correction."""
-    if torch.compiler.is_compiling() or noise.kind != 2 or not (target.device.type == "cpu" or _library.debug_enabled()):
+def can_be_drawn(name: str, ids: Tensor, noise: Noise, ignore_index: int | None = None) -> None:
+    """A class with q = 0 has log q = -inf: it cannot be a candidate under a log q correction."""
+    if noise.kind != reference.ALIAS or not _checks_values(ids):
         return
-    positive = target != ignore_index
-    bad = positive & torch.isinf(noise.log_prob(torch.where(positive, target, 0)))
+    present = torch.ones_like(ids, dtype=torch.bool) if ignore_index is None else ids != ignore_index
+    bad = present & torch.isinf(noise.log_prob(torch.where(present, ids, 0)))
     if bad.any():
         where = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"target must be a class that the noise can draw, got class {int(target[tuple(where)])} with count 0 "
-            f"at index {where}; give it a count, or use correction='none'"
+            f"{name} must be classes that the noise can draw, got class {int(ids[tuple(where)])} with count 0 at index "
+            f"{where}; give it a count, or use correction='none'"
         )
+
+
+def _checks_values(ids: Tensor) -> bool:
+    """Values are checked on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
+    return not torch.compiler.is_compiling() and (ids.device.type == "cpu" or _library.debug_enabled())

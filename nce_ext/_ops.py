@@ -78,7 +78,7 @@ def _fake_row_grad_dense(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias = inputs[:3]
+    hidden, weight = inputs[:2]
     _, ids, dlogit, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from nce_ext import _checks, _library, _ops, reference
 from nce_ext.noise import Noise, check_seed, draw_seed
 
-__all__ = ["negative_sampling_loss", "nce_loss"]
+__all__ = ["nce_loss", "negative_sampling_loss"]
 
 CORRECTIONS = ("log_kq", "log_q", "none")
 REDUCTIONS = ("mean", "sum", "none")
@@ -108,7 +108,9 @@ def nce_loss(
         _checks.ids_in_range("negatives", negatives, noise.n_classes)
     subtract_log_q = correction != "none"
     if subtract_log_q and log_q is None:
-        _checks.targets_can_be_drawn(target, noise, ignore_index)
+        _checks.can_be_drawn("target", target, noise, ignore_index)
+        if negatives is not None:
+            _checks.can_be_drawn("negatives", negatives, noise)
     fused = _choose_backend(backend, hidden.device)
     if seed is not None:
         check_seed(seed, hidden.device)
@@ -131,29 +133,31 @@ def nce_loss(
         target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape)
         negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
     offset = math.log(k) if correction == "log_kq" else 0.0
+    log_z_rows = None
     if isinstance(log_z, Tensor):
-        log_z = log_z.to(compute).expand(lead).reshape(n_examples)
+        log_z_rows = log_z.to(compute).expand(lead).reshape(n_examples)
     else:
-        offset, log_z = offset + log_z, None
+        offset += log_z
 
     uniform_labels, mean_candidates = positive_label == "uniform", candidate_reduction == "mean"
     if fused:
         learns = torch.is_grad_enabled()
-        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, log_z))
+        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, log_z_rows))
         losses = _ops.sampled_loss(
             flat_hidden if flat_hidden.stride(-1) == 1 else flat_hidden.contiguous(),
-            weight, bias, flat_target, log_z, seed, noise.table, negatives, target_log_q, negative_log_q,
+            weight, bias, flat_target, log_z_rows, seed, noise.table, negatives, target_log_q, negative_log_q,
             noise.kind, k, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
             learns and hidden.requires_grad, needs_row_grad, sparse,
         )  # fmt: skip
     else:
         if negatives is None:
+            assert seed is not None
             negatives = reference.draw(noise.kind, noise.n_classes, noise.table, seed, n_examples, k)
         if subtract_log_q and log_q is None:
             target_log_q = _log_q_or_zero(noise, flat_target)
             negative_log_q = _log_q_or_zero(noise, negatives)
         losses = reference.sampled_loss(
-            flat_hidden, weight, bias, flat_target, negatives.expand(n_examples, k), log_z,
+            flat_hidden, weight, bias, flat_target, negatives.expand(n_examples, k), log_z_rows,
             target_log_q, negative_log_q, offset=offset, remove_hits=remove_hits, uniform_labels=uniform_labels,
             mean_candidates=mean_candidates, ignore_index=ignore_index, sparse=sparse,
         )  # fmt: skip

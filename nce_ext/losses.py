@@ -58,9 +58,8 @@ class _SampledLoss(nn.Module):
         self.sparse, self.backend = sparse, backend
 
         self.noise = noise if device is None else noise.to(device)
-        options = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty((n_classes, in_features), **options))
-        self.bias = nn.Parameter(torch.empty(n_classes, **options)) if bias else None
+        self.weight = nn.Parameter(torch.empty((n_classes, in_features), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
         if log_z == "learned":
             self.log_z: float | Tensor = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
         elif isinstance(log_z, bool) or not isinstance(log_z, (int, float)) or not math.isfinite(log_z):

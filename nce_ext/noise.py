@@ -26,7 +26,9 @@ class Noise(nn.Module):
     kind: int
     table: Tensor
 
-    def __init__(self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.n_classes = _check_n_classes(n_classes)
         # A law in closed form keeps an empty table, which remembers the device that .to() chose.
@@ -85,9 +87,7 @@ class Noise(nn.Module):
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.n_classes:
-                raise ValueError(
-                    f"ids must be in 0 .. {self.n_classes - 1}, got {low if low < 0 else high}"
-                )
+                raise ValueError(f"ids must be in 0 .. {self.n_classes - 1}, got {low if low < 0 else high}")
         if dtype == torch.float64:
             return self._log_prob64(ids.long())
         return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
@@ -231,5 +231,5 @@ def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:
     tiny = torch.finfo(torch.float64).tiny
     if power == 0 or float(weights.min()) < tiny:
         weights = torch.where(counts > 0, weights.clamp_min(tiny), 0)
-    total = float(torch.cumsum(weights, 0)[-1])  # one fixed order, whatever the number of threads
+    total = float(weights.numpy().sum())  # pairwise, and in one order whatever the number of threads
     return weights, len(weights) * 2.0**32 / total

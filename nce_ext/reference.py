@@ -79,7 +79,7 @@ def draw(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols
 
 
 def log_q(kind: int, n_classes: int, table: Tensor, ids: Tensor) -> Tensor:
-    """log q(id) of the realised law, float32: uniform 1/V; log-uniform log((y + 2) / (y + 1)) / log(V + 1); alias table."""
+    """log q(id) of the realised law, float32."""
     if kind == UNIFORM:
         return torch.full(ids.shape, -math.log(n_classes), device=ids.device)
     if kind == LOG_UNIFORM:
@@ -159,8 +159,7 @@ def sampled_loss(
     over the T target columns (y = 1, or 1/T) and the k negatives (y = 0). hidden [B, D], target [B, T],
     negatives [B, k]; log_q None leaves that term out. Rows are gathered as [B, T + k, D], so memory grows with k.
     """
-    batch, n_targets = target.shape
-    n_classes = weight.shape[0]
+    n_targets, n_classes = target.shape[1], weight.shape[0]
     compute = torch.promote_types(weight.dtype, torch.float32)
     positive = target != ignore_index
     any_positive = positive.any(1, keepdim=True)

@@ -37,9 +37,8 @@ const Kernels& choose() {
 #endif
   if (wanted == "generic" || wanted.empty()) return kKernelsGeneric;
   const bool known = wanted == "avx2" || wanted == "avx512";
-  throw std::runtime_error(
-      "NCE_EXT_SIMD must be generic, avx2 or avx512, got " + wanted +
-      (known ? ", which this processor does not support" : ""));
+  throw std::runtime_error("NCE_EXT_SIMD must be generic, avx2 or avx512, got " + wanted +
+                           (known ? ", which this processor does not support" : ""));
 }
 
 }  // namespace

@@ -6,11 +6,8 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../check.h"
+#include "huge_pages.h"
 #include "kernels.h"
 #include "sort_pairs.h"
 
@@ -24,16 +21,6 @@ void parallel(int64_t n, const auto& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
-}
-
-// A fresh gradient of many megabytes is mostly page faults; 2 MiB pages make 512 times fewer of them.
-void prefer_huge_pages(void* memory, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + size) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 struct Segments {
@@ -131,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
   return {classes, rows, bias};
 }
 
-std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
-                                          int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias) {
+std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes,
+                                          ScalarType dtype, bool with_rows, bool with_bias) {
   Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
   Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, s.p.dim}, dtype);
   Tensor bias = torch::stable::new_zeros(hidden, {with_bias ? n_classes : 0}, dtype);

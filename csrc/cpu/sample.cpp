@@ -32,6 +32,4 @@ std::string simd_level() { return kernels().level; }
 }  // namespace nce
 
 STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) { m.impl("sample", TORCH_BOX(&nce::sample)); }
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CompositeExplicitAutograd, m) {
-  m.impl("simd_level", TORCH_BOX(&nce::simd_level));
-}
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CompositeExplicitAutograd, m) { m.impl("simd_level", TORCH_BOX(&nce::simd_level)); }

@@ -19,8 +19,8 @@ const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->const_d
 
 // Distance between examples of a tensor that holds one row per example or one for all; its rows are contiguous.
 int64_t shared_stride(const char* name, const Tensor& t, int64_t batch, int64_t n) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == batch || t.size(0) == 1) && t.size(1) == n, name,
-                  " must have shape [", batch, " or 1, ", n, "], got ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == batch || t.size(0) == 1) && t.size(1) == n, name, " must have shape [",
+                  batch, " or 1, ", n, "], got ", shape_of(t));
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
   return t.size(0) == 1 ? 0 : n;
 }

@@ -31,6 +31,7 @@ template <class Stored, class Real>
 struct TileReader {
   const SampledLoss& p;
   int64_t example, end;
+  DrawStream draws{p.noise, p.seed, p.n_negatives};
   int64_t column = 0;
   int64_t n_positive = 0;
 
@@ -126,10 +127,11 @@ struct TileReader {
         }
       }
     } else {
-      uint64_t bits[kLanes];
-      draw_block(p.seed, static_cast<uint32_t>(example), slot, n, bits);
+      const uint64_t* bits = nullptr;
       for (int i = 0; i < n; ++i) {
-        const Draw drawn = draw(p.noise, bits[i]);
+        const int64_t at = (slot + i) % kLanes;
+        if (i == 0 || at == 0) bits = draws.block(example, slot + i - at);
+        const Draw drawn = draw(p.noise, bits[at]);
         id[i] = drawn.id;
         q[i] = drawn.log_q;
       }

