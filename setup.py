@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 OLDEST_TORCH = "0x020b000000000000"  # the stable ABI of 2.11: one binary serves every later torch
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 
@@ -27,6 +27,7 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fvisibility=hidden",
+    f"-ffile-prefix-map={ROOT}{os.sep}=",  # error messages name csrc/..., not the build machine's folders
     "-Wall",
     "-Wextra",
     "-Wno-psabi",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nce_ext import _library, reference
+from nce_ext import _library
 from nce_ext.noise import Noise, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,8 +63,8 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"weight must have rows with stride 1 between elements, got strides {weight.stride()}; "
             "store it as [n_classes, D] (a transposed view would touch all of it on every step)"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        raise ValueError(f"bias must be contiguous of shape [{weight.shape[0]}], got {list(bias.shape)}")
 
 
 def noise_of(noise: object, weight: Tensor) -> Noise:
@@ -86,25 +86,24 @@ def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, 
         )
 
 
-def ids_in_range(name: str, ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
-    if not _checks_values(ids):
+def ids(target: Tensor, negatives: Tensor | None, noise: Noise, ignore_index: int, needs_q: bool) -> None:
+    """Values: on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
+    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or _library.debug_enabled()):
         return
-    bad = (ids < 0) | (ids >= n_classes)
-    if ignore_index is not None:
-        bad &= ids != ignore_index
+    _usable("target", target, target != ignore_index, noise, needs_q, f" or ignore_index = {ignore_index}")
+    if negatives is not None:
+        _usable("negatives", negatives, torch.ones_like(negatives, dtype=torch.bool), noise, needs_q, "")
+
+
+def _usable(name: str, ids: Tensor, present: Tensor, noise: Noise, needs_q: bool, otherwise: str) -> None:
+    bad = present & ((ids < 0) | (ids >= noise.n_classes))
     if bad.any():
         where = bad.nonzero()[0].tolist()
-        ignore = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
         raise ValueError(
-            f"{name} must be in 0 .. {n_classes - 1}{ignore}, got {int(ids[tuple(where)])} at index {where}"
+            f"{name} must be in 0 .. {noise.n_classes - 1}{otherwise}, got {int(ids[tuple(where)])} at index {where}"
         )
-
-
-def can_be_drawn(name: str, ids: Tensor, noise: Noise, ignore_index: int | None = None) -> None:
-    """A class with q = 0 has log q = -inf: it cannot be a candidate under a log q correction."""
-    if noise.kind != reference.ALIAS or not _checks_values(ids):
+    if not needs_q:
         return
-    present = torch.ones_like(ids, dtype=torch.bool) if ignore_index is None else ids != ignore_index
     bad = present & torch.isinf(noise.log_prob(torch.where(present, ids, 0)))
     if bad.any():
         where = bad.nonzero()[0].tolist()
@@ -112,8 +111,3 @@ def can_be_drawn(name: str, ids: Tensor, noise: Noise, ignore_index: int | None 
             f"{name} must be classes that the noise can draw, got class {int(ids[tuple(where)])} with count 0 at index "
             f"{where}; give it a count, or use correction='none'"
         )
-
-
-def _checks_values(ids: Tensor) -> bool:
-    """Values are checked on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
-    return not torch.compiler.is_compiling() and (ids.device.type == "cpu" or _library.debug_enabled())

@@ -100,17 +100,11 @@ def nce_loss(
     """
     _checks.operands(hidden, weight, bias)
     noise = _checks.noise_of(noise, weight)
-    target, log_z, lead = _check_examples(hidden, target, log_z, sample_weight)
+    lead = _check_examples(hidden, target, log_z, sample_weight)
     _check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
-    k = _check_negatives(negatives, log_q, hidden, target, lead, num_negatives, correction)
-    _checks.ids_in_range("target", target, noise.n_classes, ignore_index)
-    if negatives is not None:
-        _checks.ids_in_range("negatives", negatives, noise.n_classes)
+    n_targets = 1 if target.shape == lead else target.shape[-1]
+    k = _check_negatives(negatives, log_q, hidden, target, n_targets, lead, num_negatives, correction)
     subtract_log_q = correction != "none"
-    if subtract_log_q and log_q is None:
-        _checks.can_be_drawn("target", target, noise, ignore_index)
-        if negatives is not None:
-            _checks.can_be_drawn("negatives", negatives, noise)
     fused = _choose_backend(backend, hidden.device)
     if seed is not None:
         check_seed(seed, hidden.device)
@@ -121,16 +115,15 @@ def nce_loss(
 
     n_examples = math.prod(lead)
     flat_hidden = hidden.reshape(n_examples, hidden.shape[-1])
-    flat_target = target.reshape(n_examples, -1 if n_examples else target.shape[-1]).long()
-    if negatives is None and shared:
+    flat_target = target.reshape(n_examples, n_targets).long().contiguous()
+    ids = None if negatives is None else _as_rows(negatives.long(), k, n_examples)
+    if ids is None and shared:
         assert seed is not None
-        negatives = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)[0]
-    if negatives is not None:
-        negatives = _as_rows(negatives.long(), k, n_examples)
+        ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     target_log_q = negative_log_q = None
     if subtract_log_q and log_q is not None:
-        target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape)
+        target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape).contiguous()
         negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
     offset = math.log(k) if correction == "log_kq" else 0.0
     log_z_rows = None
@@ -143,21 +136,23 @@ def nce_loss(
     if fused:
         learns = torch.is_grad_enabled()
         needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, log_z_rows))
-        losses = _ops.sampled_loss(
+        arguments = (
             flat_hidden if flat_hidden.stride(-1) == 1 else flat_hidden.contiguous(),
-            weight, bias, flat_target, log_z_rows, seed, noise.table, negatives, target_log_q, negative_log_q,
+            weight, bias, flat_target, log_z_rows, seed, noise.table, ids, target_log_q, negative_log_q,
             noise.kind, k, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
             learns and hidden.requires_grad, needs_row_grad, sparse,
         )  # fmt: skip
+        losses = _fused_loss(arguments, target, negatives, noise, ignore_index, subtract_log_q and log_q is None)
     else:
-        if negatives is None:
+        _checks.ids(target, negatives, noise, ignore_index, subtract_log_q and log_q is None)
+        if ids is None:
             assert seed is not None
-            negatives = reference.draw(noise.kind, noise.n_classes, noise.table, seed, n_examples, k)
+            ids = reference.draw(noise.kind, noise.n_classes, noise.table, seed, n_examples, k)
         if subtract_log_q and log_q is None:
             target_log_q = _log_q_or_zero(noise, flat_target)
-            negative_log_q = _log_q_or_zero(noise, negatives)
+            negative_log_q = _log_q_or_zero(noise, ids)
         losses = reference.sampled_loss(
-            flat_hidden, weight, bias, flat_target, negatives.expand(n_examples, k), log_z_rows,
+            flat_hidden, weight, bias, flat_target, ids.expand(n_examples, k), log_z_rows,
             target_log_q, negative_log_q, offset=offset, remove_hits=remove_hits, uniform_labels=uniform_labels,
             mean_candidates=mean_candidates, ignore_index=ignore_index, sparse=sparse,
         )  # fmt: skip
@@ -189,15 +184,12 @@ def _check_options(
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
 
 
-def _check_examples(
-    hidden: Tensor, target: Tensor, log_z: float | Tensor, sample_weight: Tensor | None
-) -> tuple[Tensor, float | Tensor, torch.Size]:
-    """target as [..., T], log_z as a float or a tensor, and hidden's leading sizes."""
+def _check_examples(hidden: Tensor, target: Tensor, log_z: float | Tensor, sample_weight: Tensor | None) -> torch.Size:
+    """hidden's leading sizes."""
     lead = hidden.shape[:-1]
     _checks.tensor("target", target, (torch.int64, torch.int32), hidden.device)
-    if target.shape == lead:
-        target = target[..., None]
-    elif target.shape[:-1] != lead or target.dim() != hidden.dim() or target.shape[-1] < 1:
+    multiple = target.dim() == hidden.dim() and target.shape[:-1] == lead and target.shape[-1] >= 1
+    if target.shape != lead and not multiple:
         raise ValueError(
             f"target must have shape {list(lead)}, or {[*lead, 'T']} with T >= 1 positives, got {list(target.shape)}"
         )
@@ -210,7 +202,7 @@ def _check_examples(
     if sample_weight is not None:
         _checks.tensor("sample_weight", sample_weight, _checks.FLOATS, hidden.device)
         _checks.batch_shaped("sample_weight", sample_weight, lead, None)
-    return target, log_z, lead
+    return lead
 
 
 def _check_negatives(
@@ -218,6 +210,7 @@ def _check_negatives(
     log_q: tuple[Tensor, Tensor] | None,
     hidden: Tensor,
     target: Tensor,
+    n_targets: int,
     lead: torch.Size,
     num_negatives: int,
     correction: str,
@@ -233,7 +226,7 @@ def _check_negatives(
             _checks.batch_shaped("negatives", negatives, lead, k)
     if k == 0 and correction == "log_kq":
         raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
-    if math.prod(lead) * (k + target.shape[-1]) >= 2**32:
+    if math.prod(lead) * (k + n_targets) >= 2**32:
         raise ValueError(
             f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(lead)} with k = {k}; split it"
         )
@@ -246,7 +239,7 @@ def _check_negatives(
             raise TypeError("log_q must be a pair (target_log_q, negative_log_q)")
         _checks.tensor("log_q[0]", log_q[0], _checks.FLOATS, hidden.device)
         _checks.tensor("log_q[1]", log_q[1], _checks.FLOATS, hidden.device)
-        if log_q[0].numel() != target.numel() or log_q[0].shape[: len(lead)] != lead:
+        if log_q[0].shape != target.shape:
             raise ValueError(f"log_q[0] must have target's shape {list(target.shape)}, got {list(log_q[0].shape)}")
         if log_q[1].dim() != 1 or log_q[1].shape[0] != k:
             _checks.batch_shaped("log_q[1]", log_q[1], lead, k)
@@ -259,6 +252,19 @@ def _choose_backend(backend: str, device: torch.device) -> bool:
     if backend == "fused" and not available:
         raise RuntimeError(f"backend='fused' is not available for {device.type}: {_library.why_missing(device)}")
     return available and backend != "reference"
+
+
+def _fused_loss(
+    arguments: tuple, target: Tensor, negatives: Tensor | None, noise: Noise, ignore_index: int, needs_q: bool
+) -> Tensor:
+    """The kernel checks ids as it reads them; once it has refused one, they are searched for the words to say so."""
+    if torch.compiler.is_compiling():
+        return _ops.sampled_loss(*arguments)
+    try:
+        return _ops.sampled_loss(*arguments)
+    except RuntimeError:
+        _checks.ids(target, negatives, noise, ignore_index, needs_q)
+        raise
 
 
 def _warn_of_dense_gradient(weight: Tensor) -> None:
@@ -279,7 +285,7 @@ def _warn_of_dense_gradient(weight: Tensor) -> None:
 
 def _as_rows(values: Tensor, k: int, n_examples: int) -> Tensor:
     """[1, k] if all examples share them, else [B, k]."""
-    return values.reshape(1, k) if values.dim() == 1 else values.reshape(n_examples, k)
+    return values.reshape((1, k) if values.dim() == 1 else (n_examples, k)).contiguous()
 
 
 def _log_q_or_zero(noise: Noise, ids: Tensor) -> Tensor:

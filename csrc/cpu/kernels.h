@@ -14,8 +14,9 @@ struct Kernels {
   // ids[i] = the draw of (example, slot) = (i / columns, i % columns), for begin <= i < end.
   void (*sample)(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids);
 
-  // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) compute values, aligned to 64 bytes.
-  void (*sampled_loss[4])(const SampledLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
+  // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) compute values, aligned to 64 bytes. Returns the
+  // first pair whose id is out of range or has no log q (its contribution is left out), or -1.
+  int64_t (*sampled_loss[4])(const SampledLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
 
   // Segments begin .. end - 1.
   void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end);  // by weight's Storage

@@ -2,7 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -25,23 +26,16 @@ int64_t shared_stride(const char* name, const Tensor& t, int64_t batch, int64_t 
   return t.size(0) == 1 ? 0 : n;
 }
 
-void check_drawable(const char* name, const SampledLoss& p, const int64_t* ids, int64_t n, bool padded, bool needs_q) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (padded && ids[i] == p.ignore_index) continue;
-    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < p.n_classes, name, " must be in 0 .. ", p.n_classes - 1, ", got ", ids[i],
-                    " at flat index ", i);
-    STD_TORCH_CHECK(!needs_q || std::isfinite(log_q(p.noise, ids[i])), name,
-                    " must be a class that the noise can draw, got ", ids[i], " at flat index ", i);
-  }
-}
-
-void check_ids(const SampledLoss& p) {
-  const bool table_q = p.subtract_log_q && p.noise.kind == NoiseKind::kAlias;
-  check_drawable("target", p, p.target, p.batch * p.n_targets, true, table_q && !p.target_log_q);
-  if (p.negatives) {
-    const int64_t rows = p.negatives_stride == 0 ? 1 : p.batch;
-    check_drawable("negatives", p, p.negatives, rows * p.n_negatives, false, table_q && !p.negative_log_q);
-  }
+// The kernel has found a pair with an unusable id; nothing that it wrote has left this file.
+void refuse_pair(const SampledLoss& p, int64_t pair) {
+  const int64_t columns = p.n_targets + p.n_negatives, example = pair / columns, column = pair % columns;
+  const bool positive = column < p.n_targets;
+  const int64_t id = positive ? p.target[example * p.n_targets + column]
+                              : p.negatives[example * p.negatives_stride + column - p.n_targets];
+  const char* name = positive ? "target" : "negatives";
+  STD_TORCH_CHECK(id >= 0 && id < p.n_classes, name, " must be in 0 .. ", p.n_classes - 1, ", got ", id,
+                  " for example ", example);
+  STD_TORCH_CHECK(false, name, " must be classes that the noise can draw, got ", id, " for example ", example);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
@@ -117,7 +111,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
   p.uniform_labels = uniform_labels;
   p.mean_candidates = mean_candidates;
   p.ignore_index = ignore_index;
-  check_ids(p);
 
   const int64_t saved = needs_row_grad ? p.batch : 0;
   Tensor loss = torch::stable::new_empty(weight, {p.batch}, compute);
@@ -134,13 +127,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
   const auto kernel = kernels().sampled_loss[static_cast<int>(storage)];
   const int64_t row_bytes = p.dim * (compute == ScalarType::Double ? 8 : 4);
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, columns * row_bytes));
+  std::atomic<int64_t> bad_pair{-1};
   torch::stable::parallel_for(0, p.batch, grain, [&](int64_t begin, int64_t end) {
     constexpr std::align_val_t kAlignment{64};
     const size_t size = 2 * padded_dim(p.dim) * sizeof(double);
     const std::unique_ptr<void, void (*)(void*)> scratch(
         ::operator new(size, kAlignment), [](void* memory) { ::operator delete(memory, std::align_val_t{64}); });
-    kernel(p, begin, end, scratch.get());
+    const int64_t bad = kernel(p, begin, end, scratch.get());
+    if (bad >= 0) bad_pair = bad;
   });
+  if (bad_pair >= 0) refuse_pair(p, bad_pair);
   return {loss, ids, dlogit, grad_hidden};
 }
 

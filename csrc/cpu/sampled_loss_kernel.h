@@ -34,6 +34,7 @@ struct TileReader {
   DrawStream draws{p.noise, p.seed, p.n_negatives};
   int64_t column = 0;
   int64_t n_positive = 0;
+  int64_t first_bad = -1;  // pair whose id is out of range, or has no log q; it is masked, never read
 
   // Examples without a target get their outputs here, and no tile. False when there is nothing left.
   NCE_INLINE_LAMBDA inline bool next(Tile<Stored, Real>& tile) {
@@ -83,6 +84,13 @@ struct TileReader {
     static_cast<Real*>(p.dlogit)[pair] = Real(0);
   }
 
+  NCE_INLINE_LAMBDA inline bool in_range(int64_t id) const { return id >= 0 && id < p.n_classes; }
+
+  NCE_INLINE_LAMBDA inline void reject(int64_t at) {
+    mask(at, -1);
+    if (first_bad < 0) first_bad = example * (p.n_targets + p.n_negatives) + at;
+  }
+
   NCE_INLINE_LAMBDA inline void add(Tile<Stored, Real>& tile, int64_t at, int64_t id, Real log_q, Real label) {
     const int i = tile.count++;
     tile.id[i] = static_cast<int32_t>(id);
@@ -95,11 +103,13 @@ struct TileReader {
   NCE_INLINE_LAMBDA inline void add_target(Tile<Stored, Real>& tile) {
     const int64_t at = example * p.n_targets + column, id = p.target[at];
     if (id == p.ignore_index) return mask(column, -1);
+    if (!in_range(id)) return reject(column);
     Real q = Real(0);
     if (p.target_log_q) {
       q = static_cast<const Real*>(p.target_log_q)[at];
     } else if (p.subtract_log_q) {
       q = log_q(p.noise, id);
+      if (!std::isfinite(q)) return reject(column);
     }
     add(tile, column, id, q, p.uniform_labels ? Real(1) / static_cast<Real>(n_positive) : Real(1));
   }
@@ -120,7 +130,9 @@ struct TileReader {
     if (p.negatives) {
       for (int i = 0; i < n; ++i) {
         id[i] = p.negatives[example * p.negatives_stride + slot + i];
-        if (p.negative_log_q) {
+        if (!in_range(id[i])) {
+          q[i] = Real(NAN);
+        } else if (p.negative_log_q) {
           q[i] = static_cast<const Real*>(p.negative_log_q)[example * p.negative_log_q_stride + slot + i];
         } else {
           q[i] = p.subtract_log_q ? static_cast<Real>(log_q(p.noise, id[i])) : Real(0);
@@ -137,7 +149,9 @@ struct TileReader {
       }
     }
     for (int i = 0; i < n; ++i) {
-      if (p.remove_hits && is_hit(id[i])) {
+      if (p.negatives && (!in_range(id[i]) || (!p.negative_log_q && !std::isfinite(q[i])))) {
+        reject(column + i);
+      } else if (p.remove_hits && is_hit(id[i])) {
         mask(column + i, static_cast<int32_t>(id[i]));
       } else {
         add(tile, column + i, id[i], q[i], Real(0));
@@ -249,8 +263,9 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
   }
 }
 
+// Returns the first pair with an unusable id, or -1.
 template <class Stored, class Real>
-static void sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
+static int64_t sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
   const int64_t padded = padded_dim(p.dim);
   Real* x = static_cast<Real*>(scratch);
   Real* gradient = x + padded;
@@ -274,6 +289,7 @@ static void sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void*
       }
     }
   }
+  return reader.first_bad;
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE
