@@ -5,10 +5,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CXX ?= g++
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layouts.py tests/test_gradients.py
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: help build demo test bench lint format sanitize wheel clean
+.PHONY: help build demo test test-simd bench lint format sanitize wheel audit clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,10 +64,23 @@ build/sanitized-tests: tests/cpp/test_kernels.cpp $(CPP)
 sanitize: build/sanitized-tests  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/sanitized-tests
 
-wheel: $(VENV)/.base $(VENV)/.audit $(SOURCES)  ## build an abi3 wheel in dist/ and audit its ABI
+test-simd: $(VENV)/.build $(VENV)/.test  ## run the kernel tests on the instruction sets that are not the default here
+	for level in generic avx2; do \
+		NCE_EXT_SIMD=$$level NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -k "not reference" \
+			-m "not slow" $(KERNEL_TESTS) || exit 1; \
+	done
+
+wheel: $(VENV)/.base $(SOURCES)  ## build an abi3 wheel in dist/
 	rm -rf dist
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+audit: wheel $(VENV)/.audit  ## check the wheel: only Python's and torch's stable ABI, no code of one instruction set shared
+	rm -rf build/audit && $(BIN)/python -m zipfile -e dist/*.whl build/audit
 	$(BIN)/abi3audit --strict dist/*.whl
+	$(BIN)/torch-abi-audit --check both build/audit/nce_ext/_C.abi3.so
+	@for object in $$(find build -name 'kernels_avx*.o'); do \
+		if nm "$$object" | grep -E ' [WVu] '; then echo "$$object shares code with other instruction sets"; exit 1; fi; \
+	done
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist demo *.egg-info nce_ext/*.so

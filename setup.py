@@ -21,6 +21,7 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("
 
 FLAGS = [
     "-O3",
+    "-g0",
     "-std=c++20",
     # Ids must agree to the last bit between processors with and without fused multiply-add; kernels that want one
     # ask for it.
