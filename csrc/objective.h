@@ -14,7 +14,7 @@ struct Column {
   Real dlogit;  // its derivative sigmoid(z) - label
 };
 
-// What binary_column needs of a number. cpu/simd.h has the same five for vectors of 16.
+// What binary_column needs of a number. cpu/simd.h has the same for vectors of 16.
 NCE_HD float magnitude(float z) { return fabsf(z); }
 NCE_HD double magnitude(double z) { return fabs(z); }
 NCE_HD float max_zero(float z) { return z > 0 ? z : 0; }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nce_ext import _library, reference
 
@@ -30,6 +31,28 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
 def sampled_loss(*args: Any) -> Tensor:
     """Per-example loss [B] of the fused operator; arguments as in its schema."""
     return torch.ops.nce_ext.sampled_loss(*args)[0]
+
+
+def keep_coalesced(parameter: Tensor | None) -> None:
+    """Keep the flag that a leaf's sparse gradient is coalesced.
+
+    autograd stores a sparse gradient without it, and an optimizer would then sort and sum all rows once more.
+    """
+    if parameter is not None and parameter.is_leaf and parameter.requires_grad and parameter not in _watched:
+        _watched[parameter] = parameter.register_post_accumulate_grad_hook(_flag_coalesced)
+
+
+_watched = WeakTensorKeyDictionary()
+
+
+def _flag_coalesced(parameter: Tensor) -> None:
+    """Classes that strictly ascend are coalesced, whoever made them; on CUDA the answer would have to be waited for."""
+    grad = parameter.grad
+    if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.device.type != "cpu":
+        return
+    classes = grad._indices()[0]
+    if bool((classes[1:] > classes[:-1]).all()):
+        grad._coalesced_(True)
 
 
 def _fake_sample(seed, table, kind, n_classes, rows, cols):

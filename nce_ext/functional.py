@@ -110,8 +110,12 @@ def nce_loss(
         check_seed(seed, hidden.device)
     elif negatives is None:
         seed = draw_seed(hidden.device, generator)
-    if not sparse:
-        _warn_of_dense_gradient(weight)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        if sparse:
+            _ops.keep_coalesced(weight)
+            _ops.keep_coalesced(bias)
+        else:
+            _warn_of_dense_gradient(weight)
 
     n_examples = math.prod(lead)
     flat_hidden = hidden.reshape(n_examples, hidden.shape[-1])
@@ -270,9 +274,7 @@ def _fused_loss(
 def _warn_of_dense_gradient(weight: Tensor) -> None:
     global _warned_dense_gradient
     size = weight.numel() * weight.element_size()
-    if _warned_dense_gradient or torch.compiler.is_compiling() or not weight.requires_grad:
-        return
-    if size > _DENSE_GRADIENT_LIMIT and torch.is_grad_enabled():
+    if size > _DENSE_GRADIENT_LIMIT and weight.requires_grad and not _warned_dense_gradient:
         _warned_dense_gradient = True
         warnings.warn(
             f"weight.grad will be dense: {size / 2**20:.0f} MiB for {weight.shape[0]} rows of {weight.shape[1]} are "

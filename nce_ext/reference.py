@@ -185,7 +185,8 @@ def sampled_loss(
             z = z - log_z.to(compute)[:, None]
         if target_log_q is not None and negative_log_q is not None:
             z = z - torch.cat([target_log_q, negative_log_q.expand_as(negatives)], 1).to(compute)
-        z = torch.where(live, z - offset, 0)
+        largest = torch.finfo(compute).max  # a score that overflowed would turn 0 * softplus into NaN
+        z = torch.where(live, z - offset, 0).clamp(-largest, largest)
 
         label = torch.zeros_like(z)
         count = positive.sum(1, keepdim=True).clamp_min(1)

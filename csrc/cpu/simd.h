@@ -264,14 +264,14 @@ NCE_INLINE void stream(float* p, const Vec<float>& v) {
 #endif
 }
 
-// The five functions of objective.h for vectors.
+// What objective.h needs of a number, for vectors.
 template <class Real>
 NCE_INLINE Vec<Real> magnitude(const Vec<Real>& z) {
   return map([](auto p) NCE_INLINE_LAMBDA { return p < 0 ? -p : p; }, z);
 }
 template <class Real>
 NCE_INLINE Vec<Real> max_zero(const Vec<Real>& z) {
-  return map([](auto p) NCE_INLINE_LAMBDA { return p > 0 ? p : p - p; }, z);
+  return map([](auto p) NCE_INLINE_LAMBDA { return p > 0 ? p : decltype(p){}; }, z);
 }
 template <class Real>
 NCE_INLINE Vec<Real> clamp_finite(const Vec<Real>& z) {
