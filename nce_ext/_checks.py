@@ -64,7 +64,8 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             "store it as [n_classes, D] (a transposed view would touch all of it on every step)"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
-        raise ValueError(f"bias must be contiguous of shape [{weight.shape[0]}], got {list(bias.shape)}")
+        got = f"shape {list(bias.shape)} with strides {list(bias.stride())}"
+        raise ValueError(f"bias must be contiguous of shape [{weight.shape[0]}], got {got}")
 
 
 def noise_of(noise: object, weight: Tensor) -> Noise:
@@ -86,28 +87,35 @@ def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, 
         )
 
 
-def ids(target: Tensor, negatives: Tensor | None, noise: Noise, ignore_index: int, needs_q: bool) -> None:
+def ids(
+    target: Tensor,
+    negatives: Tensor | None,
+    noise: Noise,
+    ignore_index: int,
+    subtract_log_q: bool,
+    log_q: tuple[Tensor, Tensor] | None,
+) -> None:
     """Values: on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
     if torch.compiler.is_compiling() or not (target.device.type == "cpu" or _library.debug_enabled()):
         return
-    _usable("target", target, target != ignore_index, noise, needs_q, f" or ignore_index = {ignore_index}")
+    candidates = [("target", target, target != ignore_index, f" or ignore_index = {ignore_index}")]
     if negatives is not None:
-        _usable("negatives", negatives, torch.ones_like(negatives, dtype=torch.bool), noise, needs_q, "")
-
-
-def _usable(name: str, ids: Tensor, present: Tensor, noise: Noise, needs_q: bool, otherwise: str) -> None:
-    bad = present & ((ids < 0) | (ids >= noise.n_classes))
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} must be in 0 .. {noise.n_classes - 1}{otherwise}, got {int(ids[tuple(where)])} at index {where}"
-        )
-    if not needs_q:
-        return
-    bad = present & torch.isinf(noise.log_prob(torch.where(present, ids, 0)))
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name} must be classes that the noise can draw, got class {int(ids[tuple(where)])} with count 0 at index "
-            f"{where}; give it a count, or use correction='none'"
-        )
+        candidates.append(("negatives", negatives, torch.ones_like(negatives, dtype=torch.bool), ""))
+    for i, (name, values, present, otherwise) in enumerate(candidates):
+        bad = present & ((values < 0) | (values >= noise.n_classes))
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            got = int(values[tuple(where)])
+            raise ValueError(f"{name} must be in 0 .. {noise.n_classes - 1}{otherwise}, got {got} at index {where}")
+        if not subtract_log_q:
+            continue
+        if log_q is None:
+            bad = present & torch.isinf(noise.log_prob(torch.where(present, values, 0)))
+            why = "classes that the noise can draw, got class {} with count 0 at index {}; give it a count, or use "
+            why = f"{name} must be {why}correction='none'"
+        else:
+            bad = ~torch.isfinite(log_q[i]) & (present if i == 0 else True)
+            values, why = log_q[i], f"log_q[{i}] must be finite, got {{}} at index {{}}"
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(why.format(values[tuple(where)].item(), where))

@@ -45,12 +45,15 @@ def nll(
         float32 (float64 for float64 weights); the mean of no targets is NaN, as in ``F.cross_entropy``.
 
     Raises:
+        TypeError: a target that is not int64.
         ValueError: shapes that do not fit, another reduction, a target out of range.
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
     weight, bias = layer.weight, layer.bias
     _check_hidden(weight, hidden)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor, got {target.dtype}")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"target must have shape {list(hidden.shape[:-1])}, got {list(target.shape)}")
     flat_target = target.reshape(-1)

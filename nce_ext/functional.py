@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def nce_loss(
         backend: "fused" (compiled), "reference" (plain PyTorch), or "auto": fused where it is there.
         negatives: ids to use instead of drawing: [k] for all examples, or [..., k]. k is then their number.
         log_q: (target_log_q, negative_log_q), the log-probabilities to use instead of the noise's: of target's shape,
-            and [k] or [..., k]. Needs ``negatives``, as those of drawn ids cannot be known in advance.
+            and [k] or [..., k], finite. Needs ``negatives``, as those of drawn ids cannot be known in advance.
         sample_weight: [...], multiplies the loss of each example; "mean" divides by its sum.
         seed: int64 [2] on hidden's device; the same seed gives the same negatives. Drawn from ``generator`` if None.
         generator: for the seed; torch's default one if None.
@@ -146,9 +147,9 @@ def nce_loss(
             noise.kind, k, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
             learns and hidden.requires_grad, needs_row_grad, sparse,
         )  # fmt: skip
-        losses = _fused_loss(arguments, target, negatives, noise, ignore_index, subtract_log_q and log_q is None)
+        losses = _fused_loss(arguments, target, negatives, noise, ignore_index, subtract_log_q, log_q)
     else:
-        _checks.ids(target, negatives, noise, ignore_index, subtract_log_q and log_q is None)
+        _checks.ids(target, negatives, noise, ignore_index, subtract_log_q, log_q)
         if ids is None:
             assert seed is not None
             ids = reference.draw(noise.kind, noise.n_classes, noise.table, seed, n_examples, k)
@@ -201,7 +202,7 @@ def _check_examples(hidden: Tensor, target: Tensor, log_z: float | Tensor, sampl
         _checks.tensor("log_z", log_z, _checks.FLOATS, hidden.device)
         if log_z.dim():
             _checks.batch_shaped("log_z", log_z, lead, None)
-    elif isinstance(log_z, bool) or not isinstance(log_z, (int, float)) or not math.isfinite(log_z):
+    elif isinstance(log_z, bool) or not isinstance(log_z, (int, float)) or not abs(log_z) < math.inf:
         raise ValueError(f"log_z must be a finite number or a tensor, got {log_z!r}")
     if sample_weight is not None:
         _checks.tensor("sample_weight", sample_weight, _checks.FLOATS, hidden.device)
@@ -258,16 +259,14 @@ def _choose_backend(backend: str, device: torch.device) -> bool:
     return available and backend != "reference"
 
 
-def _fused_loss(
-    arguments: tuple, target: Tensor, negatives: Tensor | None, noise: Noise, ignore_index: int, needs_q: bool
-) -> Tensor:
+def _fused_loss(arguments: tuple, *ids: Any) -> Tensor:
     """The kernel checks ids as it reads them; once it has refused one, they are searched for the words to say so."""
     if torch.compiler.is_compiling():
         return _ops.sampled_loss(*arguments)
     try:
         return _ops.sampled_loss(*arguments)
     except RuntimeError:
-        _checks.ids(target, negatives, noise, ignore_index, needs_q)
+        _checks.ids(*ids)
         raise
 
 

@@ -7,9 +7,11 @@ pure function of a seed, so the same seed gives the same ids on every device, ba
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: a negative size; a seed of another dtype, shape or device.
         """
-        sizes = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
+        sizes = tuple(operator.index(size) for size in ((shape,) if isinstance(shape, int) else shape))
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
         device = self.table.device
@@ -201,7 +203,8 @@ def _check_n_classes(n_classes: int) -> int:
 
 def _check_counts(counts: Any) -> Tensor:
     try:
-        weights = torch.as_tensor(counts)
+        # numpy reads Python numbers as float64; torch would make them float32.
+        weights = torch.as_tensor(counts if isinstance(counts, Tensor) else np.asarray(counts))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
     if weights.is_complex() or weights.is_sparse:

@@ -6,6 +6,10 @@ For an example with hidden vector x, targets y_1 .. y_T and negatives n_1 .. n_k
     loss = sum_c  label_c log(1 + e^-z_c) + (1 - label_c) log(1 + e^z_c)
     dloss/dz_c = sigmoid(z_c) - label_c
 
+Beside every result stands its scale: the same sum with every term and every part of z replaced by its magnitude. An
+implementation whose every operation is right to a relative eps is right to a small multiple of eps times that scale.
+A row of the table is a sum of n terms, which in plain order is right to n eps of their magnitudes: its scale is larger.
+
 Nothing here comes from nce_ext.
 """
 
@@ -17,12 +21,17 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Truth(NamedTuple):
+class Values(NamedTuple):
     loss: np.ndarray  # scalar, or [B]
     hidden: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
     log_z: np.ndarray  # [B]; a shared log_z has the sum of it
+
+
+class Truth(NamedTuple):
+    value: Values
+    scale: Values
 
 
 def softplus(z: float) -> float:
@@ -57,10 +66,12 @@ def nce(
     batch, k = len(target), len(negatives[0]) if len(negatives) else 0
     bias = np.zeros(len(weight)) if bias is None else np.asarray(bias, np.float64)
     log_z = np.broadcast_to(np.asarray(log_z, np.float64), (batch,))
-    losses = np.zeros(batch)
-    grad_hidden, grad_weight = np.zeros_like(hidden), np.zeros_like(weight)
-    grad_bias, grad_log_z = np.zeros_like(bias), np.zeros(batch)
+    value, size = (
+        Values(np.zeros(batch), np.zeros_like(hidden), np.zeros_like(weight), np.zeros_like(bias), np.zeros(batch))
+        for _ in range(2)
+    )
 
+    terms = np.zeros(len(weight))
     counted = [any(y != ignore_index for y in row) for row in target]
     factor = np.ones(batch) if sample_weight is None else np.asarray(sample_weight, np.float64)
     scale = np.array(factor)
@@ -84,21 +95,31 @@ def nce(
                 columns.append((int(n), 0.0, negative_log_q[i][j] if correction != "none" else 0.0))
         share = 1.0 / (len(positives) + k) if candidate_reduction == "mean" else 1.0
         for c, label, log_q in columns:
-            z = math.fsum(hidden[i] * weight[c]) + bias[c] - log_z[i] - log_q
+            parts = [*(hidden[i] * weight[c]), bias[c], -log_z[i], -log_q]
             if correction == "log_kq":
-                z -= math.log(k)
-            losses[i] += share * (label * softplus(-z) + (1 - label) * softplus(z))
-            dz = share * (sigmoid(z) - label) * scale[i]
-            grad_hidden[i] += dz * weight[c]
-            grad_weight[c] += dz * hidden[i]
-            grad_bias[c] += dz
-            grad_log_z[i] -= dz
-    losses = losses * factor
-    if reduction == "none":
-        loss = losses
-    elif reduction == "sum":
-        loss = np.asarray(losses.sum())
-    else:
+                parts.append(-math.log(k))
+            z, z_size = math.fsum(parts), math.fsum(map(abs, parts))
+            # sigmoid(z) - label, without the cancellation that would leave few digits of it
+            up, down = (1 - label) * sigmoid(z), label * sigmoid(-z)
+            slope = up - down
+            dz = share * slope * scale[i]
+            dz_size = abs(share * scale[i]) * (up + down + sigmoid(z) * sigmoid(-z) * z_size)
+            value.loss[i] += share * (label * softplus(-z) + (1 - label) * softplus(z))
+            size.loss[i] += share * (label * softplus(-z) + (1 - label) * softplus(z) + abs(slope) * z_size)
+            terms[c] += 1
+            signed, absolute = (value, dz, weight[c], hidden[i]), (size, dz_size, abs(weight[c]), abs(hidden[i]))
+            for total, d, row, x in (signed, absolute):
+                total.hidden[i] += d * row
+                total.weight[c] += d * x
+                total.bias[c] += d
+            value.log_z[i] -= dz
+            size.log_z[i] += dz_size
+    drift = 1 + terms / 32  # in units of tolerances.py, whose atol is 32 eps
+    size = size._replace(weight=size.weight * drift[:, None], bias=size.bias * drift)
+    loss, loss_size = value.loss * factor, size.loss * np.abs(factor)
+    if reduction != "none":
+        loss, loss_size = loss.sum(), loss_size.sum()
+    if reduction == "mean":
         total = sum(f for f, c in zip(factor, counted, strict=True) if c)
-        loss = np.asarray(losses.sum() / (total if total else 1.0))
-    return Truth(loss, grad_hidden, grad_weight, grad_bias, grad_log_z)
+        loss, loss_size = loss / (total if total else 1.0), loss_size / (total if total else 1.0)
+    return Truth(value._replace(loss=np.asarray(loss)), size._replace(loss=np.asarray(loss_size)))

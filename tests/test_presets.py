@@ -79,9 +79,7 @@ def test_word2vec(problem):
     """Sigmoid of the raw scores, no bias, no log q."""
     _, s = scores(problem, bias=False)
     wanted = sigmoid_cross_entropy(s).sum(1)
-    np.testing.assert_allclose(
-        layer(problem, nce_ext.NegativeSamplingLoss, power=0.75, bias=False), wanted, rtol=1e-12
-    )
+    np.testing.assert_allclose(layer(problem, nce_ext.NegativeSamplingLoss, power=0.75, bias=False), wanted, rtol=1e-12)
 
 
 def test_blog_formula(problem):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 #include "../row_grad.h"
 #include "../sampled_loss.h"
@@ -18,8 +19,22 @@ struct Kernels {
   // first pair whose id is out of range or has no log q (its contribution is left out), or -1.
   int64_t (*sampled_loss[4])(const SampledLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
 
-  // Segments begin .. end - 1.
-  void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end);  // by weight's Storage
+  // Segments begin .. end - 1. `scratch` holds padded_dim(dim) compute values, aligned to 64 bytes.
+  void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
+};
+
+// Memory for a kernel's `scratch`.
+class Scratch {
+ public:
+  explicit Scratch(int64_t doubles) : memory_(::operator new(static_cast<size_t>(doubles) * 8, kAlignment)) {}
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* memory_;
 };
 
 inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }

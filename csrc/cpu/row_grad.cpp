@@ -97,7 +97,8 @@ void sum_segments(const Segments& s) {
   };
   parallel(s.n_threads, [&](int64_t thread) {
     const int64_t end = thread + 1 == s.n_threads ? s.size() : bound(thread + 1);
-    kernel(s.p, bound(thread), end);
+    const Scratch scratch(padded_dim(s.p.dim));
+    kernel(s.p, bound(thread), end, scratch.get());
   });
 }
 

@@ -19,100 +19,137 @@ struct ExampleOf {
   }
 };
 
-// One block of kVecs vectors of a row, kept in registers over the whole segment.
-template <int kVecs, class Hidden, class Real>
-NCE_INLINE void sum_block(const RowGrad& p, const ExampleOf& example_of, int64_t first, int64_t last, int64_t d,
-                          Vec<Real>* sums) {
-  const Real* dlogit = static_cast<const Real*>(p.dlogit);
-  const Real* grad_loss = static_cast<const Real*>(p.grad_loss);
-  for (int v = 0; v < kVecs; ++v) sums[v] = Vec<Real>(Real(0));
-  for (int64_t i = first; i < last; ++i) {
-    const uint64_t pair = static_cast<uint32_t>(p.pairs[i]);
+// Pairs of one segment that are summed before they join the rest: bounds the rounding error of a hot row, whose pairs
+// may count in the millions, and what is fetched ahead.
+constexpr int kChunk = 64;
+
+template <class Hidden, class Real>
+struct Chunk {
+  int count = 0;
+  Real coefficient[kChunk];
+  const Hidden* row[kChunk];
+};
+
+template <class Hidden, class Real>
+NCE_INLINE void read_chunk(const RowGrad& p, const ExampleOf& example_of, int64_t first, int64_t last,
+                           Chunk<Hidden, Real>& chunk) {
+  chunk.count = static_cast<int>(last - first);
+  for (int i = 0; i < chunk.count; ++i) {
+    const uint64_t pair = static_cast<uint32_t>(p.pairs[first + i]);
     const int64_t example = example_of(pair);
-    const Vec<Real> c(dlogit[pair] * grad_loss[example * p.grad_loss_stride]);
-    const Hidden* x = static_cast<const Hidden*>(p.hidden) + example * p.hidden_stride + d;
-    for (int v = 0; v < kVecs; ++v) sums[v] = fma(c, load(x + v * kLanes), sums[v]);
+    const Real grad_loss = static_cast<const Real*>(p.grad_loss)[example * p.grad_loss_stride];
+    chunk.coefficient[i] = static_cast<const Real*>(p.dlogit)[pair] * grad_loss;
+    chunk.row[i] = static_cast<const Hidden*>(p.hidden) + example * p.hidden_stride;
+  }
+}
+
+// Elements d .. d + 16 kVecs - 1 of the chunk's sum, held in registers over all its pairs.
+template <int kVecs, class Hidden, class Real>
+NCE_INLINE void sum_block(const Chunk<Hidden, Real>& chunk, int64_t d, Vec<Real>* sums) {
+  unroll<kVecs>([&](auto v) NCE_INLINE_LAMBDA { sums[v] = Vec<Real>(Real(0)); });
+  for (int i = 0; i < chunk.count; ++i) {
+    const Vec<Real> c(chunk.coefficient[i]);
+    const Hidden* x = chunk.row[i] + d;
+    unroll<kVecs>([&](auto v) NCE_INLINE_LAMBDA { sums[v] = fma(c, load(x + v * kLanes), sums[v]); });
   }
 }
 
 template <class Hidden, class Real>
-NCE_INLINE Vec<Real> sum_tail(const RowGrad& p, const ExampleOf& example_of, int64_t first, int64_t last, int64_t d) {
-  const Real* dlogit = static_cast<const Real*>(p.dlogit);
-  const Real* grad_loss = static_cast<const Real*>(p.grad_loss);
+NCE_INLINE Vec<Real> sum_tail(const Chunk<Hidden, Real>& chunk, int64_t d, int64_t n) {
   Vec<Real> total(Real(0));
-  for (int64_t i = first; i < last; ++i) {
-    const uint64_t pair = static_cast<uint32_t>(p.pairs[i]);
-    const int64_t example = example_of(pair);
-    const Vec<Real> c(dlogit[pair] * grad_loss[example * p.grad_loss_stride]);
-    const Hidden* x = static_cast<const Hidden*>(p.hidden) + example * p.hidden_stride + d;
-    total = fma(c, load_first(x, p.dim - d), total);
+  for (int i = 0; i < chunk.count; ++i) {
+    total = fma(Vec<Real>(chunk.coefficient[i]), load_first(chunk.row[i] + d, n), total);
   }
   return total;
 }
 
+// Where the sum of a chunk goes: to the gradient row if it is the segment's last, else to `partial`.
 template <class Stored, class Real>
-NCE_INLINE void write_block(Stored* out, const Vec<Real>& v, bool streamed) {
-  if constexpr (sizeof(Stored) == 4) {
-    if (streamed) return stream(out, v);
+struct Output {
+  Stored* row;
+  Real* partial;
+  bool first, last, streamed;
+
+  NCE_INLINE_LAMBDA inline Vec<Real> joined(int64_t d, const Vec<Real>& sums) const {
+    return first ? sums : load(partial + d) + sums;
   }
-  store(out, v);
+  NCE_INLINE_LAMBDA inline void put(int64_t d, const Vec<Real>& sums) const {
+    const Vec<Real> total = joined(d, sums);
+    if (!last) return store(partial + d, total);
+    if constexpr (sizeof(Stored) == 4) {
+      if (streamed) return stream(row + d, total);
+    }
+    store(row + d, total);
+  }
+  NCE_INLINE_LAMBDA inline void put_first(int64_t d, const Vec<Real>& sums, int64_t n) const {
+    const Vec<Real> total = joined(d, sums);
+    if (last) return store_first(row + d, total, n);
+    store(partial + d, total);
+  }
+};
+
+template <class Stored, class Hidden, class Real>
+NCE_INLINE void sum_rows(const Chunk<Hidden, Real>& chunk, int64_t dim, const Output<Stored, Real>& out) {
+  constexpr int kBlock = 4;
+  Vec<Real> sums[kBlock];
+  int64_t d = 0;
+  for (; d + kBlock * kLanes <= dim; d += kBlock * kLanes) {
+    sum_block<kBlock>(chunk, d, sums);
+    unroll<kBlock>([&](auto v) NCE_INLINE_LAMBDA { out.put(d + v * kLanes, sums[v]); });
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    sum_block<1>(chunk, d, sums);
+    out.put(d, sums[0]);
+  }
+  if (d < dim) out.put_first(d, sum_tail(chunk, d, dim - d), dim - d);
 }
 
 template <class Stored, class Hidden, class Real>
-NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end) {
-  constexpr int kBlock = 4;
+NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial) {
   constexpr int64_t kAhead = 6;  // pairs; hidden rows of a segment lie anywhere in the batch
   const ExampleOf example_of(static_cast<uint64_t>(p.columns));
-  const bool streamed = p.values && p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
+  const bool streamed = p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
   const int64_t n_pairs = p.segment_start[end];
   int64_t fetched = p.segment_start[begin];
+  Chunk<Hidden, Real> chunk;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t first = p.segment_start[s], last = p.segment_start[s + 1];
-    for (const int64_t until = last + kAhead < n_pairs ? last + kAhead : n_pairs; fetched < until; ++fetched) {
-      const uint64_t pair = static_cast<uint32_t>(p.pairs[fetched]);
-      const Hidden* x = static_cast<const Hidden*>(p.hidden) + example_of(pair) * p.hidden_stride;
-      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(Hidden)) __builtin_prefetch(x + d);
-      __builtin_prefetch(static_cast<const Real*>(p.dlogit) + pair);
-    }
     const int64_t out_row = p.by_class ? static_cast<int64_t>(p.pairs[first] >> 32) : s;
-    if (p.values) {
-      Stored* out = static_cast<Stored*>(p.values) + out_row * p.dim;
-      Vec<Real> sums[kBlock];
-      int64_t d = 0;
-      for (; d + kBlock * kLanes <= p.dim; d += kBlock * kLanes) {
-        sum_block<kBlock, Hidden>(p, example_of, first, last, d, sums);
-        for (int v = 0; v < kBlock; ++v) write_block(out + d + v * kLanes, sums[v], streamed);
+    Real bias = Real(0);
+    for (int64_t chunk_begin = first; chunk_begin < last; chunk_begin += kChunk) {
+      const int64_t chunk_end = chunk_begin + kChunk < last ? chunk_begin + kChunk : last;
+      for (const int64_t until = chunk_end + kAhead < n_pairs ? chunk_end + kAhead : n_pairs; fetched < until;
+           ++fetched) {
+        const uint64_t pair = static_cast<uint32_t>(p.pairs[fetched]);
+        const Hidden* x = static_cast<const Hidden*>(p.hidden) + example_of(pair) * p.hidden_stride;
+        for (int64_t d = 0; d < p.dim; d += 64 / sizeof(Hidden)) __builtin_prefetch(x + d);
+        __builtin_prefetch(static_cast<const Real*>(p.dlogit) + pair);
       }
-      for (; d + kLanes <= p.dim; d += kLanes) {
-        sum_block<1, Hidden>(p, example_of, first, last, d, sums);
-        write_block(out + d, sums[0], streamed);
+      read_chunk(p, example_of, chunk_begin, chunk_end, chunk);
+      if (p.values) {
+        Stored* row = static_cast<Stored*>(p.values) + out_row * p.dim;
+        sum_rows(chunk, p.dim, Output<Stored, Real>{row, partial, chunk_begin == first, chunk_end == last, streamed});
       }
-      if (d < p.dim) store_first(out + d, sum_tail<Hidden, Real>(p, example_of, first, last, d), p.dim - d);
+      Real sum = Real(0);
+      for (int i = 0; i < chunk.count; ++i) sum += chunk.coefficient[i];
+      bias += sum;
     }
-    if (p.bias) {
-      const Real* dlogit = static_cast<const Real*>(p.dlogit);
-      const Real* grad_loss = static_cast<const Real*>(p.grad_loss);
-      Real total = Real(0);
-      for (int64_t i = first; i < last; ++i) {
-        const uint64_t pair = static_cast<uint32_t>(p.pairs[i]);
-        total += dlogit[pair] * grad_loss[example_of(pair) * p.grad_loss_stride];
-      }
-      store_first(static_cast<Stored*>(p.bias) + out_row, Vec<Real>(total), 1);
-    }
+    if (p.bias) store_first(static_cast<Stored*>(p.bias) + out_row, Vec<Real>(bias), 1);
   }
 }
 
 template <class Stored, class Real>
-static void row_grad(const RowGrad& p, int64_t begin, int64_t end) {
+static void row_grad(const RowGrad& p, int64_t begin, int64_t end, void* scratch) {
   if (begin == end) return;
+  Real* partial = static_cast<Real*>(scratch);
   if constexpr (sizeof(Real) == sizeof(double)) {
-    row_grad_segments<Stored, double, double>(p, begin, end);
+    row_grad_segments<Stored, double>(p, begin, end, partial);
   } else if (p.hidden_storage == Storage::kFloat) {
-    row_grad_segments<Stored, float, float>(p, begin, end);
+    row_grad_segments<Stored, float>(p, begin, end, partial);
   } else if (p.hidden_storage == Storage::kBFloat16) {
-    row_grad_segments<Stored, BFloat16, float>(p, begin, end);
+    row_grad_segments<Stored, BFloat16>(p, begin, end, partial);
   } else {
-    row_grad_segments<Stored, Half, float>(p, begin, end);
+    row_grad_segments<Stored, Half>(p, begin, end, partial);
   }
 #if NCE_SIMD_LEVEL > 0
   _mm_sfence();  // streamed stores become visible before another thread is told that they are there

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <tuple>
 
 #include "../check.h"
@@ -35,7 +33,7 @@ void refuse_pair(const SampledLoss& p, int64_t pair) {
   const char* name = positive ? "target" : "negatives";
   STD_TORCH_CHECK(id >= 0 && id < p.n_classes, name, " must be in 0 .. ", p.n_classes - 1, ", got ", id,
                   " for example ", example);
-  STD_TORCH_CHECK(false, name, " must be classes that the noise can draw, got ", id, " for example ", example);
+  STD_TORCH_CHECK(false, name, " must be classes with a finite log q, got class ", id, " for example ", example);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
@@ -129,10 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, columns * row_bytes));
   std::atomic<int64_t> bad_pair{-1};
   torch::stable::parallel_for(0, p.batch, grain, [&](int64_t begin, int64_t end) {
-    constexpr std::align_val_t kAlignment{64};
-    const size_t size = 2 * padded_dim(p.dim) * sizeof(double);
-    const std::unique_ptr<void, void (*)(void*)> scratch(
-        ::operator new(size, kAlignment), [](void* memory) { ::operator delete(memory, std::align_val_t{64}); });
+    const Scratch scratch(2 * padded_dim(p.dim));
     const int64_t bad = kernel(p, begin, end, scratch.get());
     if (bad >= 0) bad_pair = bad;
   });

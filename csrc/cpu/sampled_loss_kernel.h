@@ -26,13 +26,23 @@ struct Tile {
   alignas(64) Real label[kLanes];
 };
 
+// Long rows come in smaller tiles: two tiles must stay in the second-level cache, together with what else is there.
+template <class Stored>
+NCE_INLINE int64_t rows_per_tile(int64_t dim) {
+  constexpr int64_t kTileBytes = 64 * 1024;
+  const int64_t fit = kTileBytes / (dim * static_cast<int64_t>(sizeof(Stored))) / 4 * 4;
+  return fit < 4 ? 4 : fit > kLanes ? kLanes : fit;
+}
+
 // Walks the candidates of examples begin .. end - 1 tile by tile.
 template <class Stored, class Real>
 struct TileReader {
   const SampledLoss& p;
   int64_t example, end;
+  int64_t tile_rows = rows_per_tile<Stored>(p.dim);
   DrawStream draws{p.noise, p.seed, p.n_negatives};
   int64_t column = 0;
+  int64_t tile_index = 0;
   int64_t n_positive = 0;
   int64_t first_bad = -1;  // pair whose id is out of range, or has no log q; it is masked, never read
 
@@ -49,7 +59,8 @@ struct TileReader {
     if (example >= end) return false;
 
     const int64_t n_columns = p.n_targets + p.n_negatives;
-    const int64_t tile_end = column + kLanes < n_columns ? column + kLanes : n_columns;
+    const int64_t n_tiles = (n_columns + tile_rows - 1) / tile_rows;
+    const int64_t tile_end = (++tile_index * n_columns) / n_tiles;  // even tiles: each fetches as much as the next uses
     tile.example = example;
     tile.first = column == 0;
     tile.last = tile_end == n_columns;
@@ -60,10 +71,13 @@ struct TileReader {
     if (column < tile_end) add_negatives(tile, tile_end);
     column = tile_end;
     if (tile.last) {
-      column = 0;
+      column = tile_index = 0;
       ++example;
     }
-    prefetch(tile);
+    for (int i = tile.count; i < kLanes; ++i) tile.row[i] = static_cast<const Stored*>(p.weight);  // may be prefetched
+    if (p.bias) {
+      for (int i = 0; i < tile.count; ++i) __builtin_prefetch(static_cast<const Stored*>(p.bias) + tile.id[i]);
+    }
     return true;
   }
 
@@ -109,8 +123,8 @@ struct TileReader {
       q = static_cast<const Real*>(p.target_log_q)[at];
     } else if (p.subtract_log_q) {
       q = log_q(p.noise, id);
-      if (!std::isfinite(q)) return reject(column);
     }
+    if (!std::isfinite(q)) return reject(column);
     add(tile, column, id, q, p.uniform_labels ? Real(1) / static_cast<Real>(n_positive) : Real(1));
   }
 
@@ -149,7 +163,7 @@ struct TileReader {
       }
     }
     for (int i = 0; i < n; ++i) {
-      if (p.negatives && (!in_range(id[i]) || (!p.negative_log_q && !std::isfinite(q[i])))) {
+      if (p.negatives && !std::isfinite(q[i])) {
         reject(column + i);
       } else if (p.remove_hits && is_hit(id[i])) {
         mask(column + i, static_cast<int32_t>(id[i]));
@@ -158,18 +172,22 @@ struct TileReader {
       }
     }
   }
-
-  NCE_INLINE_LAMBDA inline void prefetch(const Tile<Stored, Real>& tile) const {
-    constexpr uintptr_t kLine = 64;
-    for (int i = 0; i < tile.count; ++i) {
-      const uintptr_t row = reinterpret_cast<uintptr_t>(tile.row[i]), row_end = row + p.dim * sizeof(Stored);
-      for (uintptr_t line = row & ~(kLine - 1); line < row_end; line += kLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(line));
-      }
-      if (p.bias) __builtin_prefetch(static_cast<const Stored*>(p.bias) + tile.id[i]);
-    }
-  }
 };
+
+// Asks for 16 elements of a row from `row` on. The rows of the next tile are asked for between the arithmetic on this
+// one: a burst would fill the queue of outstanding misses first and leave it empty afterwards.
+template <class Stored>
+NCE_INLINE void prefetch_lanes(const Stored* row) {
+  constexpr int kLine = 64;
+  for (int byte = 0; byte < kLanes * static_cast<int>(sizeof(Stored)); byte += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+  }
+}
+
+template <class Stored>
+NCE_INLINE void prefetch_row(const Stored* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += kLanes) prefetch_lanes(row + d);
+}
 
 // A row of storage as `padded_dim` compute values, zero beyond dim.
 template <class Stored, class Real>
@@ -192,52 +210,55 @@ NCE_INLINE void widen_hidden(const void* hidden, int64_t offset, Storage storage
   }
 }
 
-// z[r] = <x, row[r]> for kRows rows at once, so that x is loaded once for all of them.
+// z[r] = <x, row[r]> for kRows rows at once, so that x is loaded once for all of them. As many rows of the next tile
+// are asked for meanwhile.
 template <int kRows, class Stored, class Real>
-NCE_INLINE void dot_rows(const Stored* const* row, const Real* x, int64_t dim, Real* z) {
+NCE_INLINE void dot_rows(const Stored* const* row, const Stored* const* next, const Real* x, int64_t dim, Real* z) {
   Vec<Real> sums[kRows];
-  for (int r = 0; r < kRows; ++r) sums[r] = Vec<Real>(Real(0));
+  unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { sums[r] = Vec<Real>(Real(0)); });
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
     const Vec<Real> xs = load(x + d);
-    for (int r = 0; r < kRows; ++r) sums[r] = fma(load(row[r] + d), xs, sums[r]);
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { sums[r] = fma(load(row[r] + d), xs, sums[r]); });
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { prefetch_lanes(next[r] + d); });
   }
   if (d < dim) {
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { __builtin_prefetch(next[r] + dim - 1); });
     const Vec<Real> xs = load(x + d);
-    for (int r = 0; r < kRows; ++r) sums[r] = fma(load_first(row[r] + d, dim - d), xs, sums[r]);
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { sums[r] = fma(load_first(row[r] + d, dim - d), xs, sums[r]); });
   }
-  for (int r = 0; r < kRows; ++r) z[r] = sum(sums[r]);
+  unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { z[r] = sum(sums[r]); });
 }
 
 // gradient += sum_r coefficient[r] * row[r]
 template <int kRows, class Stored, class Real>
 NCE_INLINE void add_rows(const Stored* const* row, const Real* coefficient, int64_t dim, Real* gradient) {
   Vec<Real> c[kRows];
-  for (int r = 0; r < kRows; ++r) c[r] = Vec<Real>(coefficient[r]);
+  unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { c[r] = Vec<Real>(coefficient[r]); });
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
     Vec<Real> g = load(gradient + d);
-    for (int r = 0; r < kRows; ++r) g = fma(c[r], load(row[r] + d), g);
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { g = fma(c[r], load(row[r] + d), g); });
     store(gradient + d, g);
   }
   if (d < dim) {
     Vec<Real> g = load(gradient + d);
-    for (int r = 0; r < kRows; ++r) g = fma(c[r], load_first(row[r] + d, dim - d), g);
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { g = fma(c[r], load_first(row[r] + d, dim - d), g); });
     store(gradient + d, g);
   }
 }
 
-template <class Stored, class Real>
-NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Real* x, Real* gradient,
-                             Real& loss) {
+template <bool kGradHidden, class Stored, class Real>
+NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Tile<Stored, Real>& next,
+                             const Real* x, Real* gradient, Real& loss) {
   alignas(64) Real z[kLanes] = {}, live[kLanes] = {}, dlogit[kLanes];
   int r = 0;
-  for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, x, p.dim, z + r);
+  for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, next.row + r, x, p.dim, z + r);
   if (r + 2 <= tile.count) {
-    dot_rows<2>(tile.row + r, x, p.dim, z + r);
+    dot_rows<2>(tile.row + r, next.row + r, x, p.dim, z + r);
     r += 2;
   }
-  if (r < tile.count) dot_rows<1>(tile.row + r, x, p.dim, z + r);
+  if (r < tile.count) dot_rows<1>(tile.row + r, next.row + r, x, p.dim, z + r);
 
   Real shift = static_cast<Real>(p.offset);
   if (p.log_z) shift += static_cast<const Real*>(p.log_z)[tile.example * p.log_z_stride];
@@ -257,39 +278,48 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
       static_cast<Real*>(p.dlogit)[base + tile.column[i]] = dlogit[i];
     }
   }
-  if (p.grad_hidden) {
+  if constexpr (kGradHidden) {
     for (r = 0; r + 4 <= tile.count; r += 4) add_rows<4>(tile.row + r, dlogit + r, p.dim, gradient);
     for (; r < tile.count; ++r) add_rows<1>(tile.row + r, dlogit + r, p.dim, gradient);
   }
+  for (r = tile.count; r < next.count; ++r) prefetch_row(next.row[r], p.dim);
 }
 
-// Returns the first pair with an unusable id, or -1.
-template <class Stored, class Real>
-static int64_t sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
-  const int64_t padded = padded_dim(p.dim);
-  Real* x = static_cast<Real*>(scratch);
-  Real* gradient = x + padded;
+template <bool kGradHidden, class Stored, class Real>
+NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, Real* x, Real* gradient) {
+  const size_t scratch_bytes = static_cast<size_t>(padded_dim(p.dim)) * sizeof(Real);
   Real loss = Real(0);
   TileReader<Stored, Real> reader{p, begin, end};
   Tile<Stored, Real> tiles[2];
   bool more = reader.next(tiles[0]);
   for (int current = 0; more; current ^= 1) {
     const Tile<Stored, Real>& tile = tiles[current];
-    more = reader.next(tiles[current ^ 1]);
+    Tile<Stored, Real>& next = tiles[current ^ 1];
+    more = reader.next(next);
+    if (!more) next = tile;
     if (tile.first) {
       widen_hidden(p.hidden, tile.example * p.hidden_stride, p.hidden_storage, p.dim, x);
-      std::memset(gradient, 0, padded * sizeof(Real));
+      std::memset(gradient, 0, scratch_bytes);
       loss = Real(0);
     }
-    compute_tile(p, tile, x, gradient, loss);
+    compute_tile<kGradHidden>(p, tile, next, x, gradient, loss);
     if (tile.last) {
       static_cast<Real*>(p.loss)[tile.example] = loss;
-      if (p.grad_hidden) {
+      if constexpr (kGradHidden) {
         std::memcpy(static_cast<Real*>(p.grad_hidden) + tile.example * p.dim, gradient, p.dim * sizeof(Real));
       }
     }
   }
   return reader.first_bad;
+}
+
+// Returns the first pair with an unusable id, or -1.
+template <class Stored, class Real>
+static int64_t sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
+  Real* x = static_cast<Real*>(scratch);
+  Real* gradient = x + padded_dim(p.dim);
+  return p.grad_hidden ? run_tiles<true, Stored>(p, begin, end, x, gradient)
+                       : run_tiles<false, Stored>(p, begin, end, x, gradient);
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE

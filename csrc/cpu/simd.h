@@ -35,6 +35,17 @@ struct Native {
   typedef T type __attribute__((vector_size(kCount * sizeof(T))));
 };
 
+// f(0), ..., f(n - 1) with the index as a compile-time constant. A plain loop is unrolled too late for the compiler to
+// keep an array that it indexes in registers.
+template <class Function, int... kIndex>
+NCE_INLINE void unroll_indices(std::integer_sequence<int, kIndex...>, const Function& f) {
+  (f(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, class Function>
+NCE_INLINE void unroll(const Function& f) {
+  unroll_indices(std::make_integer_sequence<int, kCount>{}, f);
+}
+
 template <class Real>
 struct Vec {
   static constexpr int kPartLanes = kNativeBytes / sizeof(Real);
@@ -45,7 +56,7 @@ struct Vec {
 
   Vec() = default;
   NCE_INLINE_LAMBDA inline explicit Vec(Real value) {
-    for (int i = 0; i < kParts; ++i) part[i] = Part{} + value;
+    unroll<kParts>([&](auto i) NCE_INLINE_LAMBDA { part[i] = Part{} + value; });
   }
 };
 
@@ -97,25 +108,31 @@ NCE_INLINE Vec<Real> fma(const Vec<Real>& a, const Vec<Real>& b, const Vec<Real>
   return map([](auto p, auto q, auto r) NCE_INLINE_LAMBDA { return fma_part(p, q, r); }, a, b, c);
 }
 
-template <class Real, int kCount>
-NCE_INLINE Real sum_native(typename Native<Real, kCount>::type v) {
-  if constexpr (kCount == 2) {
-    return v[0] + v[1];
-  } else {
-    typename Native<Real, kCount / 2>::type low, high;
-    std::memcpy(&low, &v, sizeof(low));
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-    return sum_native<Real, kCount / 2>(low + high);
+// Halves are taken by instruction, not through memory, which would keep the whole vector there.
+NCE_INLINE float sum_native(Native<float, 4>::type v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+NCE_INLINE double sum_native(Native<double, 2>::type v) { return v[0] + v[1]; }
+#if NCE_SIMD_LEVEL > 0
+NCE_INLINE float sum_native(__m256 v) { return sum_native(_mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1)); }
+NCE_INLINE double sum_native(__m256d v) { return sum_native(_mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1)); }
+#endif
+#if NCE_SIMD_LEVEL == 2
+NCE_INLINE float sum_native(__m512 v) { return sum_native(_mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1)); }
+NCE_INLINE double sum_native(__m512d v) { return sum_native(_mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1)); }
+#endif
+
+// Halves are added until one lane is left: (i, i + 8), (i, i + 4), ...
+template <int kWidth, class Real>
+NCE_INLINE void fold_parts(Vec<Real>& v) {
+  if constexpr (kWidth > 0) {
+    unroll<kWidth>([&](auto i) NCE_INLINE_LAMBDA { v.part[i] = v.part[i] + v.part[i + kWidth]; });
+    fold_parts<kWidth / 2>(v);
   }
 }
 
-// Halves are added until one lane is left: (i, i + 8), (i, i + 4), ...
 template <class Real>
 NCE_INLINE Real sum(Vec<Real> v) {
-  for (int width = Vec<Real>::kParts / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) v.part[i] = v.part[i] + v.part[i + width];
-  }
-  return sum_native<Real, Vec<Real>::kPartLanes>(v.part[0]);
+  fold_parts<Vec<Real>::kParts / 2>(v);
+  return sum_native(v.part[0]);
 }
 
 template <class Real>

@@ -205,9 +205,8 @@ void test_sampled_loss(const Kernels& kernels, const Problem& problem) {
   p.ids = ids.data();
   p.grad_hidden = grad_hidden.data();
   void* scratch = std::aligned_alloc(64, 2 * padded_dim(p.dim) * sizeof(float));
-  kernels.sampled_loss[0](p, 0, p.batch / 2, scratch);
-  kernels.sampled_loss[0](p, p.batch / 2, p.batch, scratch);
-  std::free(scratch);
+  EXPECT(kernels.sampled_loss[0](p, 0, p.batch / 2, scratch) == -1);
+  EXPECT(kernels.sampled_loss[0](p, p.batch / 2, p.batch, scratch) == -1);
 
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t* target = problem.target.data() + b * p.n_targets;
@@ -264,7 +263,8 @@ void test_sampled_loss(const Kernels& kernels, const Problem& problem) {
   r.hidden_storage = Storage::kFloat;
   r.values = rows.data();
   r.bias = bias.data();
-  kernels.row_grad[0](r, 0, n_segments);
+  kernels.row_grad[0](r, 0, n_segments, scratch);
+  std::free(scratch);
   for (int64_t s = 0; s < n_segments; ++s) {
     std::vector<double> wanted(p.dim + 1, 0);
     for (int64_t i = starts[s]; i < starts[s + 1]; ++i) {
@@ -294,6 +294,7 @@ int main() {
       }
     }
     test_sampled_loss(*level, Problem(1, 8, 1, 4, 1, true));
+    test_sampled_loss(*level, Problem(300, 20, 1, 5, 3, false));  // segments of many chunks
     ++passed;
   }
   std::printf("%d checks\n%d passed, 0 failed\n", checks, passed);
