@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,16 +40,15 @@ def main() -> int:
         output = FOLDER / "results" / f"{datetime.date.today().isoformat()}.json"
     if output is None:
         return pytest.main(arguments)
-    # A run that fails must not leave half a file where a whole one was.
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.part")
-    status = pytest.main([*arguments, f"--benchmark-json={unfinished}"])
-    if status == pytest.ExitCode.OK and unfinished.stat().st_size:
-        os.replace(unfinished, output)
-        print(f"\nwrote {output}")
-    else:
-        unfinished.unlink(missing_ok=True)
-        print(f"\nnot written, as the run failed: {output}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:  # a run that fails must not leave half a file where a whole one was
+        finished = Path(folder) / output.name
+        status = pytest.main([*arguments, f"--benchmark-json={finished}"])
+        if status == pytest.ExitCode.OK and finished.stat().st_size:
+            shutil.move(finished, output)
+            print(f"\nwrote {output}")
+        else:
+            print(f"\nnot written, as the run failed: {output}", file=sys.stderr)
     return int(status)
 
 

@@ -30,7 +30,7 @@ struct Tile {
 template <class Stored>
 NCE_INLINE int64_t rows_per_tile(int64_t dim) {
   constexpr int64_t kTileBytes = 64 * 1024;
-  const int64_t fit = kTileBytes / (dim * static_cast<int64_t>(sizeof(Stored))) / 4 * 4;
+  const int64_t fit = kTileBytes / ((dim > 0 ? dim : 1) * static_cast<int64_t>(sizeof(Stored))) / 4 * 4;
   return fit < 4 ? 4 : fit > kLanes ? kLanes : fit;
 }
 
