@@ -96,12 +96,6 @@ class Problem:
         self.loss().backward()
         self.drop_gradients()
 
-    def step_and_coalesce(self) -> None:
-        """As SparseAdam and Adagrad do: the gradient is coalesced, but autograd may drop the flag that says so."""
-        self.loss().backward()
-        self.weight.grad = self.weight.grad.coalesce()
-        self.drop_gradients()
-
     def drop_gradients(self) -> None:
         """Inside every timed step: each program pays for freeing what it allocates."""
         self.hidden.grad = self.weight.grad = None

@@ -27,7 +27,6 @@ def test_step(case: Case, law: str, quick: bool, stopwatch, rows) -> None:
 
     baselines = {variant: lambda variant=variant: eager.step(variant) for variant in variants}
     baselines["sampling"] = lambda: problem.noise.sample((problem.case.batch, problem.case.negatives))
-    baselines["flagged"] = problem.step_and_coalesce
     times = stopwatch.compare(problem.step, baselines)
 
     params, work = problem.params(), f"{describe(problem.case)} {law}"
@@ -35,8 +34,6 @@ def test_step(case: Case, law: str, quick: bool, stopwatch, rows) -> None:
     for variant in variants:
         goal = problem.case.at_least.get(variant)
         rows.append(times.row(STEP, params, variant, work=work, label=LABELS[variant], at_least=goal, note=note))
-    label = "eager; coalesce() in both"
-    rows.append(times.row(STEP, params, "coalesced", ours="flagged", work=work, label=label, note=note))
     rows.append(
         times.row(
             SHARE, params, OURS, ours="sampling", work=work, label="ms, whole step", shown_as="share", at_most=0.05

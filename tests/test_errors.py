@@ -247,6 +247,16 @@ REFUSALS = {
         {"negatives": ids(1, V)}, ValueError, r"negatives must be in 0 \.\. 9, got 10 at index \[1\]"
     ),
     "negatives at ignore_index": Refusal({"negatives": ids(-100, 1)}, ValueError, r"negatives must be in .* got -100"),
+    "target log_q infinite": Refusal(
+        {"negatives": ids(1, 2), "log_q": (torch.tensor([-1.0, -math.inf, -1.0]), torch.zeros(2))},
+        ValueError,
+        r"log_q\[0\] must be finite, got -inf at index \[1\]",
+    ),
+    "negative log_q not a number": Refusal(
+        {"negatives": ids(1, 2), "log_q": (torch.zeros(B), torch.tensor([-1.0, math.nan]))},
+        ValueError,
+        r"log_q\[1\] must be finite, got nan at index \[1\]",
+    ),
     "log_z infinite": Refusal({"log_z": math.inf}, ValueError, r"log_z must be a finite number or a tensor, got inf"),
     "log_z not a number": Refusal({"log_z": math.nan}, ValueError, r"log_z must be a finite number .* got nan"),
     "log_z a string": Refusal({"log_z": "learned"}, (TypeError, ValueError), r"log_z must be .* got 'learned'"),

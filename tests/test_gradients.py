@@ -87,6 +87,31 @@ def test_sparse_gradients_come_coalesced(name, native):
         assert torch.equal(rows, wanted)
 
 
+def test_stored_gradients_stay_flagged_as_coalesced(native):
+    """backward() drops the flag, and SparseAdam and Adagrad would then sort and sum all rows again."""
+    case = Case()
+    weight, bias, hidden = leaf(case.weight), leaf(case.bias), leaf(case.hidden)
+    options = {"bias": bias, "sparse": True, "backend": "fused"}
+    for _ in range(3):  # from the second on the gradients of two draws are added
+        functional.nce_loss(hidden, weight, case.target, case.noise, case.negatives, **options).backward()
+        for parameter in (weight, bias):
+            assert parameter.grad.is_coalesced()
+            rows = parameter.grad.indices()[0]
+            assert (rows[1:] > rows[:-1]).all()
+
+
+def test_gradients_with_repeated_rows_are_not_flagged_as_coalesced(native):
+    case = Case()
+    weight, hidden = leaf(case.weight), leaf(case.hidden)
+    functional.nce_loss(
+        hidden, weight, case.target, case.noise, case.negatives, sparse=True, backend="fused"
+    ).backward()  # watches weight
+    weight.grad = None
+    torch.nn.functional.embedding(torch.tensor([3, 3, 5]), weight, sparse=True).sum().backward()
+    assert not weight.grad.is_coalesced()
+    assert torch.equal(weight.grad.to_dense()[3], torch.full((weight.shape[1],), 2.0))
+
+
 # Repeatability
 def skewed_case(dtype=torch.float32) -> Case:
     """Over 10^5 pairs, most of them in a few hot rows, so that threads meet in the middle of a segment."""
