@@ -40,7 +40,7 @@ NOISES = ("uniform", "zipf")
 # Tables well beyond any last-level cache: the rows come from memory, as they do with a large vocabulary.
 TABLE_FLOATS = 300 * 2**20
 GATHER_DIMS = (256, 300, 512, 1024)
-GATHER_BATCH, GATHER_NEGATIVES = 8192, 20
+GATHER_BATCH, GATHER_NEGATIVES = 32_768, 20  # so many that the fixed cost of a call does not count
 
 SOFTMAX_BATCH, SOFTMAX_DIM, SOFTMAX_CHUNK = 1024, 128, 256
 BREAK_EVEN_NEGATIVES = (5, 20, 100)

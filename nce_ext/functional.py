@@ -306,6 +306,9 @@ def _reduce(
     total = losses.sum()
     if reduction == "sum":
         return total
-    valid = (target != ignore_index).any(1)
-    denominator = valid.sum().to(losses.dtype) if scale is None else torch.where(valid, scale, 0).sum()
+    valid = target != ignore_index
+    valid = valid[:, 0] if target.shape[1] == 1 else valid.any(1)
+    if scale is None:
+        return total / valid.sum().clamp(min=1)
+    denominator = torch.where(valid, scale, 0).sum()
     return total / torch.where(denominator == 0, 1, denominator)

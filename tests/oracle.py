@@ -71,7 +71,7 @@ def nce(
         for _ in range(2)
     )
 
-    terms = np.zeros(len(weight))
+    terms, candidates = np.zeros(len(weight)), np.zeros(batch)
     counted = [any(y != ignore_index for y in row) for row in target]
     factor = np.ones(batch) if sample_weight is None else np.asarray(sample_weight, np.float64)
     scale = np.array(factor)
@@ -93,6 +93,7 @@ def nce(
         for j, n in enumerate(negatives[i]):
             if not (remove_hits and int(n) in positives):
                 columns.append((int(n), 0.0, negative_log_q[i][j] if correction != "none" else 0.0))
+        candidates[i] = len(columns)
         share = 1.0 / (len(positives) + k) if candidate_reduction == "mean" else 1.0
         for c, label, log_q in columns:
             parts = [*(hidden[i] * weight[c]), bias[c], -log_z[i], -log_q]
@@ -114,8 +115,12 @@ def nce(
                 total.bias[c] += d
             value.log_z[i] -= dz
             size.log_z[i] += dz_size
-    drift = 1 + terms / 32  # in units of tolerances.py, whose atol is 32 eps
-    size = size._replace(weight=size.weight * drift[:, None], bias=size.bias * drift)
+    # A sum of n terms may be off by n eps of the sum of their magnitudes, and is where they are equal; in units of
+    # tolerances.py, whose atol is 32 eps.
+    drift, across = 1 + terms / 32, 1 + candidates / 32
+    size = size._replace(
+        hidden=size.hidden * across[:, None], weight=size.weight * drift[:, None], bias=size.bias * drift
+    )
     loss, loss_size = value.loss * factor, size.loss * np.abs(factor)
     if reduction != "none":
         loss, loss_size = loss.sum(), loss_size.sum()

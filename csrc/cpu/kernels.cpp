@@ -43,6 +43,16 @@ const Kernels& choose() {
 
 }  // namespace
 
+bool streams_rows(int64_t row_bytes) {
+#if defined(__x86_64__)
+  constexpr int64_t kLongRow = 1024;
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd && row_bytes >= kLongRow;
+#else
+  return false;
+#endif
+}
+
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;

@@ -37,6 +37,10 @@ class Scratch {
   void* memory_;
 };
 
+// Whether rows of a table are better prefetched past the outer caches. Measured on Zen 5, where it makes reading long
+// rows 5 to 10% faster and short hot ones slower; elsewhere rows that overflow the first-level cache could be lost.
+bool streams_rows(int64_t row_bytes);
+
 inline int64_t padded_dim(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 extern const Kernels kKernelsGeneric;

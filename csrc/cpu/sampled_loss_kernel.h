@@ -15,14 +15,16 @@ namespace nce::NCE_SIMD_NAMESPACE {
 
 template <class Stored, class Real>
 struct Tile {
+  static constexpr int kSlack = 2 * kLanes;  // 16 candidates are written at once, from any of the first 16 on
+
   int64_t example;
   bool first, last;  // of its example
   int count;         // live candidates; masked ones are left out
   Real scale;        // 1, or 1 / number of candidates
-  const Stored* row[kLanes];
-  int32_t id[kLanes];
-  int64_t column[kLanes];
-  alignas(64) Real correction[kLanes];
+  const Stored* row[kSlack];
+  int32_t id[kSlack];
+  int32_t column[kSlack];
+  alignas(64) Real correction[kSlack];
   alignas(64) Real label[kLanes];
 };
 
@@ -34,12 +36,18 @@ NCE_INLINE int64_t rows_per_tile(int64_t dim) {
   return fit < 4 ? 4 : fit > kLanes ? kLanes : fit;
 }
 
+template <class Stored>
+NCE_INLINE int64_t tiles_per_example(const SampledLoss& p) {
+  const int64_t rows = rows_per_tile<Stored>(p.dim);
+  return (p.n_targets + p.n_negatives + rows - 1) / rows;
+}
+
 // Walks the candidates of examples begin .. end - 1 tile by tile.
 template <class Stored, class Real>
 struct TileReader {
   const SampledLoss& p;
   int64_t example, end;
-  int64_t tile_rows = rows_per_tile<Stored>(p.dim);
+  int64_t n_tiles = tiles_per_example<Stored>(p);
   DrawStream draws{p.noise, p.seed, p.n_negatives};
   int64_t column = 0;
   int64_t tile_index = 0;
@@ -59,14 +67,16 @@ struct TileReader {
     if (example >= end) return false;
 
     const int64_t n_columns = p.n_targets + p.n_negatives;
-    const int64_t n_tiles = (n_columns + tile_rows - 1) / tile_rows;
     const int64_t tile_end = (++tile_index * n_columns) / n_tiles;  // even tiles: each fetches as much as the next uses
     tile.example = example;
     tile.first = column == 0;
     tile.last = tile_end == n_columns;
     tile.scale = p.mean_candidates ? Real(1) / static_cast<Real>(n_positive + p.n_negatives) : Real(1);
     tile.count = 0;
-    for (int i = 0; i < kLanes; ++i) tile.correction[i] = tile.label[i] = Real(0);
+    for (int i = 0; i < kLanes; ++i) {
+      tile.row[i] = static_cast<const Stored*>(p.weight);  // those beyond count may be prefetched
+      tile.correction[i] = tile.label[i] = Real(0);
+    }
     for (; column < tile_end && column < p.n_targets; ++column) add_target(tile);
     if (column < tile_end) add_negatives(tile, tile_end);
     column = tile_end;
@@ -74,7 +84,6 @@ struct TileReader {
       column = tile_index = 0;
       ++example;
     }
-    for (int i = tile.count; i < kLanes; ++i) tile.row[i] = static_cast<const Stored*>(p.weight);  // may be prefetched
     if (p.bias) {
       for (int i = 0; i < tile.count; ++i) __builtin_prefetch(static_cast<const Stored*>(p.bias) + tile.id[i]);
     }
@@ -108,7 +117,7 @@ struct TileReader {
   NCE_INLINE_LAMBDA inline void add(Tile<Stored, Real>& tile, int64_t at, int64_t id, Real log_q, Real label) {
     const int i = tile.count++;
     tile.id[i] = static_cast<int32_t>(id);
-    tile.column[i] = at;
+    tile.column[i] = static_cast<int32_t>(at);
     tile.row[i] = static_cast<const Stored*>(p.weight) + id * p.weight_stride;
     tile.correction[i] = p.subtract_log_q ? log_q : Real(0);
     tile.label[i] = label;
@@ -139,54 +148,108 @@ struct TileReader {
   NCE_INLINE_LAMBDA inline void add_negatives(Tile<Stored, Real>& tile, int64_t tile_end) {
     const int64_t slot = column - p.n_targets;
     const int n = static_cast<int>(tile_end - column);
-    int64_t id[kLanes];
-    Real q[kLanes];
+    int32_t id[kLanes] = {};
+    Real q[kLanes] = {};
+    bool all_live = true;
     if (p.negatives) {
-      for (int i = 0; i < n; ++i) {
-        id[i] = p.negatives[example * p.negatives_stride + slot + i];
-        if (!in_range(id[i])) {
-          q[i] = Real(NAN);
-        } else if (p.negative_log_q) {
-          q[i] = static_cast<const Real*>(p.negative_log_q)[example * p.negative_log_q_stride + slot + i];
-        } else {
-          q[i] = p.subtract_log_q ? static_cast<Real>(log_q(p.noise, id[i])) : Real(0);
-        }
-      }
+      all_live = read_negatives(slot, n, id, q);
     } else {
-      const uint64_t* bits = nullptr;
-      for (int i = 0; i < n; ++i) {
-        const int64_t at = (slot + i) % kLanes;
-        if (i == 0 || at == 0) bits = draws.block(example, slot + i - at);
-        const Draw drawn = draw(p.noise, bits[at]);
-        id[i] = drawn.id;
-        q[i] = drawn.log_q;
-      }
+      draw_negatives(slot, n, id, q);
+    }
+    if (p.remove_hits) {
+      for (int i = 0; i < n; ++i) all_live &= !is_hit(id[i]);
+    }
+    if (all_live) {
+      append(tile, n, id, q);
+      return;
     }
     for (int i = 0; i < n; ++i) {
-      if (p.negatives && !std::isfinite(q[i])) {
+      if (id[i] < 0) {
         reject(column + i);
       } else if (p.remove_hits && is_hit(id[i])) {
-        mask(column + i, static_cast<int32_t>(id[i]));
+        mask(column + i, id[i]);
       } else {
         add(tile, column + i, id[i], q[i], Real(0));
       }
     }
   }
+
+  // Negatives from `column` on, none of them masked.
+  NCE_INLINE_LAMBDA inline void append(Tile<Stored, Real>& tile, int n, const int32_t* id, const Real* q) {
+    const Stored* weight = static_cast<const Stored*>(p.weight);
+    const int64_t stride = p.weight_stride;
+    const int32_t first = static_cast<int32_t>(column);
+    const int count = tile.count;
+    for (int i = 0; i < kLanes; ++i) {
+      tile.row[count + i] = weight + id[i] * stride;
+      tile.id[count + i] = id[i];
+      tile.column[count + i] = first + i;
+      tile.correction[count + i] = q[i];
+    }
+    tile.count = count + n;
+  }
+
+  // False if an id is out of range or without a log q; it becomes -1.
+  NCE_INLINE_LAMBDA inline bool read_negatives(int64_t slot, int n, int32_t* id, Real* q) const {
+    bool all_usable = true;
+    for (int i = 0; i < n; ++i) {
+      const int64_t given = p.negatives[example * p.negatives_stride + slot + i];
+      bool usable = in_range(given);
+      if (usable && p.negative_log_q) {
+        q[i] = static_cast<const Real*>(p.negative_log_q)[example * p.negative_log_q_stride + slot + i];
+      } else if (usable && p.subtract_log_q) {
+        q[i] = static_cast<Real>(log_q(p.noise, given));
+      }
+      usable = usable && std::isfinite(q[i]);
+      id[i] = usable ? static_cast<int32_t>(given) : -1;
+      all_usable &= usable;
+    }
+    return all_usable;
+  }
+
+  NCE_INLINE_LAMBDA inline void draw_negatives(int64_t slot, int n, int32_t* id, Real* q) {
+    const Noise noise = p.noise;  // a copy, which no store can change
+    for (int i = 0; i < n;) {
+      const DrawStream::Run run = draws.from(example, slot + i);
+      const int end = run.count < n - i ? i + static_cast<int>(run.count) : n;
+      const uint64_t* bits = run.bits - i;
+      if (noise.kind == NoiseKind::kUniform) {
+        for (; i < end; ++i) {
+          id[i] = static_cast<int32_t>(bucket_of(noise, bits[i]).index);
+          q[i] = static_cast<Real>(noise.log_q_uniform);
+        }
+      } else {
+        for (; i < end; ++i) {
+          const Draw drawn = draw(noise, bits[i]);
+          id[i] = drawn.id;
+          q[i] = static_cast<Real>(drawn.log_q);
+        }
+      }
+    }
+    if (!p.subtract_log_q) {
+      for (int i = 0; i < kLanes; ++i) q[i] = Real(0);
+    }
+  }
 };
 
 // Asks for 16 elements of a row from `row` on. The rows of the next tile are asked for between the arithmetic on this
-// one: a burst would fill the queue of outstanding misses first and leave it empty afterwards.
+// one: a burst would fill the queue of outstanding misses first and leave it empty afterwards. Streamed rows leave no
+// copy in the outer caches.
 template <class Stored>
-NCE_INLINE void prefetch_lanes(const Stored* row) {
+NCE_INLINE void prefetch_lanes(const Stored* row, bool stream) {
   constexpr int kLine = 64;
   for (int byte = 0; byte < kLanes * static_cast<int>(sizeof(Stored)); byte += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+    if (stream) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 0);
+    } else {
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
+    }
   }
 }
 
 template <class Stored>
-NCE_INLINE void prefetch_row(const Stored* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += kLanes) prefetch_lanes(row + d);
+NCE_INLINE void prefetch_row(const Stored* row, int64_t dim, bool stream) {
+  for (int64_t d = 0; d < dim; d += kLanes) prefetch_lanes(row + d, stream);
 }
 
 // A row of storage as `padded_dim` compute values, zero beyond dim.
@@ -213,14 +276,15 @@ NCE_INLINE void widen_hidden(const void* hidden, int64_t offset, Storage storage
 // z[r] = <x, row[r]> for kRows rows at once, so that x is loaded once for all of them. As many rows of the next tile
 // are asked for meanwhile.
 template <int kRows, class Stored, class Real>
-NCE_INLINE void dot_rows(const Stored* const* row, const Stored* const* next, const Real* x, int64_t dim, Real* z) {
+NCE_INLINE void dot_rows(const Stored* const* row, const Stored* const* next, const Real* x, int64_t dim, bool stream,
+                         Real* z) {
   Vec<Real> sums[kRows];
   unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { sums[r] = Vec<Real>(Real(0)); });
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
     const Vec<Real> xs = load(x + d);
     unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { sums[r] = fma(load(row[r] + d), xs, sums[r]); });
-    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { prefetch_lanes(next[r] + d); });
+    unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { prefetch_lanes(next[r] + d, stream); });
   }
   if (d < dim) {
     unroll<kRows>([&](auto r) NCE_INLINE_LAMBDA { __builtin_prefetch(next[r] + dim - 1); });
@@ -250,21 +314,21 @@ NCE_INLINE void add_rows(const Stored* const* row, const Real* coefficient, int6
 
 template <bool kGradHidden, class Stored, class Real>
 NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Tile<Stored, Real>& next,
-                             const Real* x, Real* gradient, Real& loss) {
-  alignas(64) Real z[kLanes] = {}, live[kLanes] = {}, dlogit[kLanes];
+                             bool stream, const Real* x, Real* gradient, Real& loss) {
+  alignas(64) Real z[kLanes] = {}, live[kLanes], dlogit[kLanes];
   int r = 0;
-  for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, next.row + r, x, p.dim, z + r);
+  for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, next.row + r, x, p.dim, stream, z + r);
   if (r + 2 <= tile.count) {
-    dot_rows<2>(tile.row + r, next.row + r, x, p.dim, z + r);
+    dot_rows<2>(tile.row + r, next.row + r, x, p.dim, stream, z + r);
     r += 2;
   }
-  if (r < tile.count) dot_rows<1>(tile.row + r, next.row + r, x, p.dim, z + r);
+  if (r < tile.count) dot_rows<1>(tile.row + r, next.row + r, x, p.dim, stream, z + r);
 
   Real shift = static_cast<Real>(p.offset);
   if (p.log_z) shift += static_cast<const Real*>(p.log_z)[tile.example * p.log_z_stride];
-  for (int i = 0; i < tile.count; ++i) {
-    live[i] = tile.scale;
-    if (p.bias) z[i] += load_one(static_cast<const Stored*>(p.bias) + tile.id[i]);
+  for (int i = 0; i < kLanes; ++i) live[i] = i < tile.count ? tile.scale : Real(0);
+  if (p.bias) {
+    for (int i = 0; i < tile.count; ++i) z[i] += load_one(static_cast<const Stored*>(p.bias) + tile.id[i]);
   }
   const Vec<Real> corrected = load(z) - (load(tile.correction) + Vec<Real>(shift));
   const Column<Vec<Real>> column = binary_column(corrected, load(tile.label));
@@ -273,21 +337,24 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
 
   if (p.dlogit) {
     const int64_t base = tile.example * (p.n_targets + p.n_negatives);
+    int32_t* out_ids = p.ids + base;
+    Real* out_dlogit = static_cast<Real*>(p.dlogit) + base;
     for (int i = 0; i < tile.count; ++i) {
-      p.ids[base + tile.column[i]] = tile.id[i];
-      static_cast<Real*>(p.dlogit)[base + tile.column[i]] = dlogit[i];
+      out_ids[tile.column[i]] = tile.id[i];
+      out_dlogit[tile.column[i]] = dlogit[i];
     }
   }
   if constexpr (kGradHidden) {
     for (r = 0; r + 4 <= tile.count; r += 4) add_rows<4>(tile.row + r, dlogit + r, p.dim, gradient);
     for (; r < tile.count; ++r) add_rows<1>(tile.row + r, dlogit + r, p.dim, gradient);
   }
-  for (r = tile.count; r < next.count; ++r) prefetch_row(next.row[r], p.dim);
+  for (r = tile.count; r < next.count; ++r) prefetch_row(next.row[r], p.dim, stream);
 }
 
 template <bool kGradHidden, class Stored, class Real>
 NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, Real* x, Real* gradient) {
   const size_t scratch_bytes = static_cast<size_t>(padded_dim(p.dim)) * sizeof(Real);
+  const bool stream = streams_rows(p.dim * static_cast<int64_t>(sizeof(Stored)));
   Real loss = Real(0);
   TileReader<Stored, Real> reader{p, begin, end};
   Tile<Stored, Real> tiles[2];
@@ -302,7 +369,7 @@ NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, R
       std::memset(gradient, 0, scratch_bytes);
       loss = Real(0);
     }
-    compute_tile<kGradHidden>(p, tile, next, x, gradient, loss);
+    compute_tile<kGradHidden>(p, tile, next, stream, x, gradient, loss);
     if (tile.last) {
       static_cast<Real*>(p.loss)[tile.example] = loss;
       if constexpr (kGradHidden) {
