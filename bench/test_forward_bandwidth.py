@@ -9,14 +9,15 @@ from torch import Tensor
 import nce_ext
 from bench import random_rows
 from bench.cases import GATHER_BATCH, GATHER_DIMS, GATHER_NEGATIVES, TABLE_FLOATS
+from nce_ext._memory import empty_table
 
 GOAL = 0.85
 
 
 @pytest.fixture(scope="module")
 def table_memory(quick: bool) -> Tensor:
-    """One block that every row length views as its table."""
-    return torch.empty(TABLE_FLOATS // (8 if quick else 1)).uniform_(-0.1, 0.1)
+    """One block that every row length views as its table, in such pages as the modules' own."""
+    return empty_table(1, TABLE_FLOATS // (8 if quick else 1), None, torch.float32)[0].uniform_(-0.1, 0.1)
 
 
 @pytest.mark.skipif(random_rows.compiler() is None, reason="no C++ compiler for the plain read")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks, functional
+from nce_ext._memory import empty_table
 from nce_ext.noise import Noise, describe
 
 __all__ = ["NCELoss", "NegativeSamplingLoss"]
@@ -58,7 +59,7 @@ class _SampledLoss(nn.Module):
         self.sparse, self.backend = sparse, backend
 
         self.noise = noise if device is None else noise.to(device)
-        self.weight = nn.Parameter(torch.empty((n_classes, in_features), device=device, dtype=dtype))
+        self.weight = nn.Parameter(empty_table(n_classes, in_features, device, dtype))
         self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
         if log_z == "learned":
             self.log_z: float | Tensor = nn.Parameter(torch.zeros((), device=device, dtype=dtype))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import nce_ext
 
 # The table is only read, and a fresh page that is only read is the kernel's one zero page: it does not count.
 STEP = """
@@ -47,3 +51,22 @@ def peak_growth(batch: int, dim: int, classes: int, k: int) -> float:
 )
 def test_a_step_allocates_for_what_it_touches(sizes, limit, native):
     assert peak_growth(**sizes) < limit
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives out no huge pages"
+)
+def test_a_modules_table_lies_in_huge_pages():
+    loss_fn = nce_ext.NCELoss(64, 2**17, nce_ext.noise.Uniform(2**17), 2)  # 32 MiB
+    address = loss_fn.weight.data_ptr() + loss_fn.weight.nbytes // 2
+    huge = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapping[1], 16) <= address < int(mapping[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            huge = int(line.split()[1])
+    assert huge is not None
+    assert huge >= 2**14  # KiB; memory may be too scattered for all of it
