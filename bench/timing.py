@@ -11,7 +11,15 @@ import numpy as np
 
 Program = Callable[[], object]
 OURS = "nce_ext"
-SHORT = 2.0  # seconds
+
+
+def settling(seconds: float) -> int:
+    """Untimed calls before each timed one, for a program that takes this long.
+
+    A training loop finds caches, free memory and its pages as its own last steps left them, not as another program
+    did; but one long call drowns what it found.
+    """
+    return 4 if seconds < 0.1 else 1 if seconds < 2 else 0
 
 
 @dataclass
@@ -110,26 +118,24 @@ class Stopwatch:
     def __init__(self, benchmark: Any, *, quick: bool) -> None:
         self.benchmark = benchmark
         self.quick = quick
-        self.budget = 0.2 if quick else 4.0  # seconds a comparison, where the least number of rounds allows
+        self.budget = 0.2 if quick else 5.0  # seconds a comparison, where the least number of rounds allows
 
     def compare(
         self, ours: Program, baselines: Mapping[str, Program], *, least_rounds: int = 5, most_rounds: int = 40
     ) -> Times:
-        """As many rounds as the budget allows; a round times every baseline once, then ``ours`` once.
-
-        A training loop finds caches and free memory as its own last step left them, not as another program did; so
-        each timed call follows an untimed one of the same program, unless one call is long enough to drown that.
-        """
+        """As many rounds as the budget allows; a round times every baseline once, then ``ours`` once."""
         programs = {**baselines, OURS: ours}
         first = {name: seconds_of(program) for name, program in programs.items()}
-        short = {name for name, seconds in first.items() if seconds < SHORT}
-        cost = sum(2 * seconds_of(programs[name]) if name in short else first[name] for name in programs)
+        untimed = {name: settling(seconds) for name, seconds in first.items()}
+        cost = sum(
+            (1 + untimed[name]) * (seconds_of(programs[name]) if untimed[name] else first[name]) for name in programs
+        )
         least_rounds = min(least_rounds, 2) if self.quick else least_rounds
         rounds = int(min(max(self.budget / cost, least_rounds), most_rounds))
         seconds: dict[str, list[float]] = {name: [] for name in baselines}
 
         def settle(name: str) -> None:
-            if name in short:
+            for _ in range(untimed[name]):
                 programs[name]()
 
         def run_baselines() -> None:
