@@ -351,6 +351,14 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
   for (r = tile.count; r < next.count; ++r) prefetch_row(next.row[r], p.dim, stream);
 }
 
+// Between two examples lies a whole example's worth of random rows: the processor does not foresee this one.
+NCE_INLINE void prefetch_hidden(const SampledLoss& p, int64_t example) {
+  constexpr int kLine = 64;
+  const int64_t size = p.hidden_storage == Storage::kDouble ? 8 : p.hidden_storage == Storage::kFloat ? 4 : 2;
+  const char* x = static_cast<const char*>(p.hidden) + example * p.hidden_stride * size;
+  for (int64_t byte = 0; byte < p.dim * size; byte += kLine) __builtin_prefetch(x + byte);
+}
+
 template <bool kGradHidden, class Stored, class Real>
 NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, Real* x, Real* gradient) {
   const size_t scratch_bytes = static_cast<size_t>(padded_dim(p.dim)) * sizeof(Real);
@@ -364,6 +372,7 @@ NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, R
     Tile<Stored, Real>& next = tiles[current ^ 1];
     more = reader.next(next);
     if (!more) next = tile;
+    if (more && next.first) prefetch_hidden(p, next.example);
     if (tile.first) {
       widen_hidden(p.hidden, tile.example * p.hidden_stride, p.hidden_storage, p.dim, x);
       std::memset(gradient, 0, scratch_bytes);
