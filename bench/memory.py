@@ -22,6 +22,7 @@ from torch import nn
 import nce_ext
 from bench.cases import MEMORY_CASE, MEMORY_CLASSES, Problem
 from bench.eager import EagerStep
+from nce_ext._memory import empty_table
 
 RESET = Path("/proc/self/clear_refs")
 TIMED_STEPS = 9
@@ -68,7 +69,7 @@ def warm_up() -> None:
 
 def measure(classes: int) -> dict[str, float]:
     warm_up()
-    weight = nn.Parameter(torch.full((classes, MEMORY_CASE.dim), 0.01))  # touches every page
+    weight = nn.Parameter(empty_table(classes, MEMORY_CASE.dim, None, None).fill_(0.01))  # touches every page
     few = problem_of(few_rows_noise(classes), weight, "few rows")
     uniform = problem_of(nce_ext.noise.Uniform(classes), weight, "uniform")
     eager = EagerStep(uniform)  # runs steps of its own
