@@ -60,7 +60,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives out no huge pages"
 )
 def test_a_modules_table_lies_in_huge_pages():
-    loss_fn = nce_ext.NCELoss(64, 2**17, nce_ext.noise.Uniform(2**17), 2)  # 32 MiB
+    loss_fn = nce_ext.NCELoss(64, 2**18, nce_ext.noise.Uniform(2**18), 2)  # 64 MiB, too much for a used heap
     address = loss_fn.weight.data_ptr() + loss_fn.weight.nbytes // 2
     huge = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -69,4 +69,4 @@ def test_a_modules_table_lies_in_huge_pages():
         elif inside and line.startswith("AnonHugePages:"):
             huge = int(line.split()[1])
     assert huge is not None
-    assert huge >= 2**14  # KiB; memory may be too scattered for all of it
+    assert huge >= 2**15  # KiB; memory may be too scattered for all of it

@@ -209,7 +209,7 @@ def test_an_unknown_instruction_set_is_named(native):
 # Floors: a module imports only from below it.
 FLOORS = [
     {"_version"},
-    {"_library", "reference"},
+    {"_library", "_memory", "reference"},
     {"_ops"},
     {"noise", "optim", "utils"},
     {"_checks"},

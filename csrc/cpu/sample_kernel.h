@@ -107,7 +107,7 @@ struct DrawStream {
   };
 
   // The draws of slots slot, slot + 1, ... of the example, as far as they lie in one block.
-  inline Run from(int64_t example, int64_t slot) {
+  NCE_INLINE_LAMBDA inline Run from(int64_t example, int64_t slot) {
     const int64_t position = 2 * example * n_pairs + slot, index = position / kLanes, offset = position % kLanes;
     if (blocks[current].index != index) {
       current ^= 1;

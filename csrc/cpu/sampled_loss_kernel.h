@@ -1,6 +1,6 @@
 // The fused forward pass of a range of examples: draw, gather, dot, correct, objective, gradient of hidden.
 //
-// Work comes in tiles of up to 16 candidate rows of one example. While a tile is computed the rows of the next one
+// Work comes in tiles of up to 32 candidate rows of one example. While a tile is computed the rows of the next one
 // are on their way from memory, so each row is read once from there, and a second time, for the gradient of hidden,
 // from the cache.
 #pragma once
@@ -13,9 +13,11 @@
 
 namespace nce::NCE_SIMD_NAMESPACE {
 
+constexpr int kTileRows = 2 * kLanes;  // what happens once a tile takes as long as one row
+
 template <class Stored, class Real>
 struct Tile {
-  static constexpr int kSlack = 2 * kLanes;  // 16 candidates are written at once, from any of the first 16 on
+  static constexpr int kSlack = kTileRows + kLanes;  // 16 candidates are written at once, from any row on
 
   int64_t example;
   bool first, last;  // of its example
@@ -23,17 +25,17 @@ struct Tile {
   Real scale;        // 1, or 1 / number of candidates
   const Stored* row[kSlack];
   int32_t id[kSlack];
-  int32_t column[kSlack];
+  uint32_t column[kSlack];
   alignas(64) Real correction[kSlack];
-  alignas(64) Real label[kLanes];
+  alignas(64) Real label[kTileRows];
 };
 
 // Long rows come in smaller tiles: two tiles must stay in the second-level cache, together with what else is there.
 template <class Stored>
 NCE_INLINE int64_t rows_per_tile(int64_t dim) {
-  constexpr int64_t kTileBytes = 64 * 1024;
+  constexpr int64_t kTileBytes = 96 * 1024;
   const int64_t fit = kTileBytes / ((dim > 0 ? dim : 1) * static_cast<int64_t>(sizeof(Stored))) / 4 * 4;
-  return fit < 4 ? 4 : fit > kLanes ? kLanes : fit;
+  return fit < 4 ? 4 : fit > kTileRows ? kTileRows : fit;
 }
 
 template <class Stored>
@@ -73,13 +75,16 @@ struct TileReader {
     tile.last = tile_end == n_columns;
     tile.scale = p.mean_candidates ? Real(1) / static_cast<Real>(n_positive + p.n_negatives) : Real(1);
     tile.count = 0;
-    for (int i = 0; i < kLanes; ++i) {
+    for (int i = 0; i < kTileRows; ++i) {
       tile.row[i] = static_cast<const Stored*>(p.weight);  // those beyond count may be prefetched
       tile.correction[i] = tile.label[i] = Real(0);
     }
     for (; column < tile_end && column < p.n_targets; ++column) add_target(tile);
-    if (column < tile_end) add_negatives(tile, tile_end);
-    column = tile_end;
+    while (column < tile_end) {
+      const int64_t part_end = column + kLanes < tile_end ? column + kLanes : tile_end;
+      add_negatives(tile, part_end);
+      column = part_end;
+    }
     if (tile.last) {
       column = tile_index = 0;
       ++example;
@@ -117,7 +122,7 @@ struct TileReader {
   NCE_INLINE_LAMBDA inline void add(Tile<Stored, Real>& tile, int64_t at, int64_t id, Real log_q, Real label) {
     const int i = tile.count++;
     tile.id[i] = static_cast<int32_t>(id);
-    tile.column[i] = static_cast<int32_t>(at);
+    tile.column[i] = static_cast<uint32_t>(at);
     tile.row[i] = static_cast<const Stored*>(p.weight) + id * p.weight_stride;
     tile.correction[i] = p.subtract_log_q ? log_q : Real(0);
     tile.label[i] = label;
@@ -150,19 +155,11 @@ struct TileReader {
     const int n = static_cast<int>(tile_end - column);
     int32_t id[kLanes] = {};
     Real q[kLanes] = {};
-    bool all_live = true;
-    if (p.negatives) {
-      all_live = read_negatives(slot, n, id, q);
-    } else {
-      draw_negatives(slot, n, id, q);
-    }
+    bool all_live = p.negatives ? read_negatives(slot, n, id, q) : draw_negatives(slot, n, id, q);
     if (p.remove_hits) {
       for (int i = 0; i < n; ++i) all_live &= !is_hit(id[i]);
     }
-    if (all_live) {
-      append(tile, n, id, q);
-      return;
-    }
+    if (all_live) return append(tile, n, id, q);
     for (int i = 0; i < n; ++i) {
       if (id[i] < 0) {
         reject(column + i);
@@ -178,7 +175,7 @@ struct TileReader {
   NCE_INLINE_LAMBDA inline void append(Tile<Stored, Real>& tile, int n, const int32_t* id, const Real* q) {
     const Stored* weight = static_cast<const Stored*>(p.weight);
     const int64_t stride = p.weight_stride;
-    const int32_t first = static_cast<int32_t>(column);
+    const uint32_t first = static_cast<uint32_t>(column);
     const int count = tile.count;
     for (int i = 0; i < kLanes; ++i) {
       tile.row[count + i] = weight + id[i] * stride;
@@ -207,28 +204,27 @@ struct TileReader {
     return all_usable;
   }
 
-  NCE_INLINE_LAMBDA inline void draw_negatives(int64_t slot, int n, int32_t* id, Real* q) {
+  NCE_INLINE_LAMBDA inline bool draw_negatives(int64_t slot, int n, int32_t* id, Real* q) {
     const Noise noise = p.noise;  // a copy, which no store can change
     for (int i = 0; i < n;) {
       const DrawStream::Run run = draws.from(example, slot + i);
       const int end = run.count < n - i ? i + static_cast<int>(run.count) : n;
-      const uint64_t* bits = run.bits - i;
+      const uint64_t* bits = run.bits;
       if (noise.kind == NoiseKind::kUniform) {
         for (; i < end; ++i) {
-          id[i] = static_cast<int32_t>(bucket_of(noise, bits[i]).index);
+          id[i] = static_cast<int32_t>(bucket_of(noise, *bits++).index);
           q[i] = static_cast<Real>(noise.log_q_uniform);
         }
       } else {
         for (; i < end; ++i) {
-          const Draw drawn = draw(noise, bits[i]);
+          const Draw drawn = draw(noise, *bits++);
           id[i] = drawn.id;
           q[i] = static_cast<Real>(drawn.log_q);
         }
       }
     }
-    if (!p.subtract_log_q) {
-      for (int i = 0; i < kLanes; ++i) q[i] = Real(0);
-    }
+    if (!p.subtract_log_q) std::memset(q, 0, kLanes * sizeof(Real));
+    return true;
   }
 };
 
@@ -315,7 +311,7 @@ NCE_INLINE void add_rows(const Stored* const* row, const Real* coefficient, int6
 template <bool kGradHidden, class Stored, class Real>
 NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Tile<Stored, Real>& next,
                              bool stream, const Real* x, Real* gradient, Real& loss) {
-  alignas(64) Real z[kLanes] = {}, live[kLanes], dlogit[kLanes];
+  alignas(64) Real z[kTileRows] = {}, live[kTileRows], dlogit[kTileRows];
   int r = 0;
   for (; r + 4 <= tile.count; r += 4) dot_rows<4>(tile.row + r, next.row + r, x, p.dim, stream, z + r);
   if (r + 2 <= tile.count) {
@@ -326,14 +322,16 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
 
   Real shift = static_cast<Real>(p.offset);
   if (p.log_z) shift += static_cast<const Real*>(p.log_z)[tile.example * p.log_z_stride];
-  for (int i = 0; i < kLanes; ++i) live[i] = i < tile.count ? tile.scale : Real(0);
+  for (int i = 0; i < kTileRows; ++i) live[i] = i < tile.count ? tile.scale : Real(0);
   if (p.bias) {
     for (int i = 0; i < tile.count; ++i) z[i] += load_one(static_cast<const Stored*>(p.bias) + tile.id[i]);
   }
-  const Vec<Real> corrected = load(z) - (load(tile.correction) + Vec<Real>(shift));
-  const Column<Vec<Real>> column = binary_column(corrected, load(tile.label));
-  loss += sum(column.loss * load(live));
-  store(dlogit, column.dlogit * load(live));
+  for (int i = 0; i < tile.count; i += kLanes) {
+    const Vec<Real> corrected = load(z + i) - (load(tile.correction + i) + Vec<Real>(shift));
+    const Column<Vec<Real>> column = binary_column(corrected, load(tile.label + i));
+    loss += sum(column.loss * load(live + i));
+    store(dlogit + i, column.dlogit * load(live + i));
+  }
 
   if (p.dlogit) {
     const int64_t base = tile.example * (p.n_targets + p.n_negatives);
