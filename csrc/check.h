@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <optional>
+#include <cmath>
 #include <string>
 
 #include "sampled_loss.h"
@@ -23,10 +23,20 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+// The dispatcher picks the device of one argument; the others must be there too.
+inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
+  const bool same = t.is_cpu() ? like.is_cpu() : t.is_cuda() && like.is_cuda() && t.get_device() == like.get_device();
+  STD_TORCH_CHECK(same, name, " must be on the same device as the other tensors");
+}
+
 inline void check_dtype(const char* name, const Tensor& t, ScalarType wanted) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == wanted, name, " must be ", torch::headeronly::toString(wanted), ", got ",
                   torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_tensor(const char* name, const Tensor& t, ScalarType wanted, const Tensor& like) {
+  check_device(name, t, like);
+  check_dtype(name, t, wanted);
 }
 
 inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
@@ -47,9 +57,8 @@ inline void check_rows(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have stride 1 in its last dimension");
 }
 
-inline Storage storage_of(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  switch (t.scalar_type()) {
+inline Storage storage_of_type(const char* name, ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return Storage::kFloat;
     case ScalarType::BFloat16:
@@ -60,24 +69,33 @@ inline Storage storage_of(const char* name, const Tensor& t) {
       return Storage::kDouble;
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ",
-                      torch::headeronly::toString(t.scalar_type()));
+                      torch::headeronly::toString(type));
   }
   return Storage::kFloat;
 }
+
+inline Storage storage_of(const char* name, const Tensor& t) { return storage_of_type(name, t.scalar_type()); }
 
 inline ScalarType compute_type(Storage storage) {
   return storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Seed seed_of(const Tensor& seed) {
-  check_dtype("seed", seed, ScalarType::Long);
+// The two words of a seed, where its device can read them.
+inline const int64_t* seed_words(const Tensor& seed, const Tensor& like) {
+  check_tensor("seed", seed, ScalarType::Long, like);
   check_shape("seed", seed, {2});
-  const auto* words = static_cast<const int64_t*>(seed.const_data_ptr());
-  return Seed{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[seed.stride(0)])};
+  return static_cast<const int64_t*>(seed.const_data_ptr());
+}
+
+// Counters of examples and slots have 32 bits.
+inline void check_sample_shape(int64_t rows, int64_t cols) {
+  constexpr int64_t kLimit = int64_t{1} << 32;
+  STD_TORCH_CHECK(rows >= 0 && rows <= kLimit, "rows must be in 0 .. 2^32, got ", rows);
+  STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
 }
 
 // The table is trusted beyond its size: nce_ext.noise builds it, and reading it all would cost O(V) a call.
-inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table) {
+inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table, const Tensor& like) {
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "noise kind must be 0, 1 or 2, got ", kind);
   STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",
                   n_classes);
@@ -88,7 +106,7 @@ inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table) {
   noise.log_log_range = std::log(std::log1p(static_cast<double>(n_classes)));
   noise.log_q_uniform = static_cast<float>(-std::log(static_cast<double>(n_classes)));
   if (noise.kind == NoiseKind::kAlias) {
-    check_dtype("table", table, ScalarType::Int);
+    check_tensor("table", table, ScalarType::Int, like);
     check_shape("table", table, {n_classes, 4});
     STD_TORCH_CHECK(table.is_contiguous(), "table must be contiguous");
     noise.table = static_cast<const AliasEntry*>(table.const_data_ptr());

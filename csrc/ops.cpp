@@ -19,18 +19,27 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "sampled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? log_z, Tensor? seed, "
       "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
       "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
-      "int ignore_index, bool needs_hidden_grad, bool needs_row_grad, bool sparse) "
+      "int ignore_index, bool needs_hidden_grad, bool needs_row_grad, int gradient_layout) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
-  // Gradient rows of the touched classes: classes int64 [U] ascending, weight rows [U, D], bias elements [U].
+  // Gradient rows of the touched classes: classes int64 [U] ascending, weight rows [U, D], bias elements [U]. Padded to
+  // min(B (T + k), V) rows, whose spare ones are zero and of class 0, their number depends on no value.
   m.def(
       "row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int n_classes, ScalarType dtype, "
-      "bool with_rows, bool with_bias) -> (Tensor, Tensor, Tensor)");
+      "bool with_rows, bool with_bias, bool padded) -> (Tensor, Tensor, Tensor)");
 
   // The same as dense tensors: weight gradient [V, D], bias gradient [V].
   m.def(
       "row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int n_classes, ScalarType dtype, "
       "bool with_rows, bool with_bias) -> (Tensor, Tensor)");
+
+  // One racy step of SGD inside the forward pass: weight[id] -= learning_rate * dlogit * hidden, and bias likewise.
+  // Loss [B] and the unscaled gradient of hidden [B, D], both of the weights as they were read.
+  m.def(
+      "scatter_sgd_(Tensor hidden, Tensor(a!) weight, Tensor(b!)? bias, Tensor target, Tensor? log_z, Tensor? seed, "
+      "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
+      "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
+      "int ignore_index, bool needs_hidden_grad, float learning_rate) -> (Tensor, Tensor)");
 }
 
 // Importing nce_ext._C loads the library, whose static initialisers register the operators; the module is empty.

@@ -12,6 +12,11 @@ struct Seed {
   uint64_t nonce;  // seed[1], the upper half of the counter
 };
 
+NCE_HD Seed read_seed(const int64_t* words, int64_t stride) {
+  if (words == nullptr) return Seed{0, 0};
+  return Seed{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[stride])};
+}
+
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 
@@ -40,10 +45,12 @@ NCE_HD Words random_words(Seed seed, uint32_t example, uint32_t pair) {
   return philox4x32_10(counter, static_cast<uint32_t>(seed.key), static_cast<uint32_t>(seed.key >> 32));
 }
 
-// The 64-bit draw of one slot: words 0 and 1 for an even slot, 2 and 3 for an odd one.
+// The 64-bit draw of one slot: words 0 and 1 for an even slot, 2 and 3 for an odd one. Chosen, not indexed: an index
+// known only at run time would push the words out of registers on a GPU.
 NCE_HD uint64_t draw_bits(const Words& words, int64_t slot) {
-  const int first = static_cast<int>(slot & 1) * 2;
-  return (static_cast<uint64_t>(words.w[first + 1]) << 32) | words.w[first];
+  const uint64_t even = (static_cast<uint64_t>(words.w[1]) << 32) | words.w[0];
+  const uint64_t odd = (static_cast<uint64_t>(words.w[3]) << 32) | words.w[2];
+  return slot & 1 ? odd : even;
 }
 
 }  // namespace nce

@@ -25,7 +25,8 @@ struct SampledLoss {
   int64_t log_z_stride;
 
   Noise noise;
-  Seed seed;
+  const int64_t* seed;  // [2], where the kernel runs; null if negatives are given
+  int64_t seed_stride;
   const int64_t* negatives;  // given ids [batch or 1, n_negatives], or null: draw
   int64_t negatives_stride;  // 0 when all examples share them
   const void* target_log_q;  // compute, [batch, n_targets], or null: the noise's

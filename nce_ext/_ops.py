@@ -28,9 +28,18 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
     return reference.alias_table(weights, scale)
 
 
+# What backward makes of the rows' gradient: the last argument of sampled_loss.
+DENSE, COALESCED, PADDED = 0, 1, 2
+
+
 def sampled_loss(*args: Any) -> Tensor:
     """Per-example loss [B] of the fused operator; arguments as in its schema."""
     return torch.ops.nce_ext.sampled_loss(*args)[0]
+
+
+def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:
+    """Loss [B] and unscaled gradient of hidden of the racy in-place step; arguments as in its schema."""
+    return torch.ops.nce_ext.scatter_sgd_(*args)
 
 
 def keep_coalesced(parameter: Tensor | None) -> None:
@@ -70,7 +79,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _fake_sampled_loss(
     hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
     subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
-    needs_row_grad, sparse,
+    needs_row_grad, gradient_layout,
 ):  # fmt: skip
     batch, dim = hidden.shape
     columns = target.shape[1] + num_negatives
@@ -84,8 +93,21 @@ def _fake_sampled_loss(
     )
 
 
-def _fake_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias):
-    unique = torch.library.get_ctx().new_dynamic_size()
+def _fake_scatter_sgd_(
+    hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
+    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
+    learning_rate,
+):  # fmt: skip
+    batch, dim = hidden.shape
+    compute = _compute_dtype(weight.dtype)
+    return (
+        hidden.new_empty((batch,), dtype=compute),
+        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
+    )
+
+
+def _fake_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias, padded):
+    unique = torch.sym_min(ids.numel(), n_classes) if padded else torch.library.get_ctx().new_dynamic_size()
     return (
         ids.new_empty((unique,), dtype=torch.int64),
         hidden.new_empty((unique if with_rows else 0, hidden.shape[1]), dtype=dtype),
@@ -105,7 +127,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, ids, dlogit, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype
-    ctx.sparse = inputs[-1]
+    ctx.gradient_layout = inputs[-1]
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     needs_log_z = ctx.needs_input_grad[4]
     ctx.save_for_backward(
@@ -130,24 +152,29 @@ def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
     if needs_hidden:
         inputs[0] = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
     if needs_weight or needs_bias:
-        operator = torch.ops.nce_ext.row_grad if ctx.sparse else torch.ops.nce_ext.row_grad_dense
-        result = operator(ids, dlogit, grad_loss, hidden, ctx.n_classes, ctx.row_dtype, needs_weight, needs_bias)
-        if ctx.sparse:
-            rows, weight_values, bias_values = result
-            if needs_weight:
-                inputs[1] = _coalesced(rows, weight_values, (ctx.n_classes, weight_values.shape[1]))
-            if needs_bias:
-                inputs[2] = _coalesced(rows, bias_values, (ctx.n_classes,))
+        arguments = (ids, dlogit, grad_loss, hidden, ctx.n_classes, ctx.row_dtype, needs_weight, needs_bias)
+        if ctx.gradient_layout == DENSE:
+            rows, elements = torch.ops.nce_ext.row_grad_dense(*arguments)
+            inputs[1:3] = [rows if needs_weight else None, elements if needs_bias else None]
         else:
-            inputs[1] = result[0] if needs_weight else None
-            inputs[2] = result[1] if needs_bias else None
+            padded = ctx.gradient_layout == PADDED or _capturing(ids.device)
+            classes, rows, elements = torch.ops.nce_ext.row_grad(*arguments, padded)
+            if needs_weight:
+                inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), not padded)
+            if needs_bias:
+                inputs[2] = _coo(classes, elements, (ctx.n_classes,), not padded)
     if ctx.needs_input_grad[4]:
         inputs[4] = -dlogit.sum(1) * grad_loss
     return tuple(inputs)
 
 
-def _coalesced(rows: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
-    return torch.sparse_coo_tensor(rows[None], values, size, is_coalesced=True, check_invariants=False)
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may wait for the number of touched rows."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def _coo(classes: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool) -> Tensor:
+    return torch.sparse_coo_tensor(classes[None], values, size, is_coalesced=coalesced, check_invariants=False)
 
 
 if "fused (cpu)" not in _library.build_info()["missing"]:  # type: ignore[operator]
@@ -156,4 +183,5 @@ if "fused (cpu)" not in _library.build_info()["missing"]:  # type: ignore[operat
     torch.library.register_fake("nce_ext::sampled_loss", _fake_sampled_loss)
     torch.library.register_fake("nce_ext::row_grad", _fake_row_grad)
     torch.library.register_fake("nce_ext::row_grad_dense", _fake_row_grad_dense)
+    torch.library.register_fake("nce_ext::scatter_sgd_", _fake_scatter_sgd_)
     torch.library.register_autograd("nce_ext::sampled_loss", _backward, setup_context=_setup_context)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _library, _ops, reference
-from nce_ext.noise import Noise, check_seed, draw_seed
+from nce_ext import _call, _checks, _ops, reference
+from nce_ext.noise import Noise
 
-__all__ = ["nce_loss", "negative_sampling_loss"]
+__all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss"]
 
-CORRECTIONS = ("log_kq", "log_q", "none")
-REDUCTIONS = ("mean", "sum", "none")
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
 _warned_dense_gradient = False
 
@@ -36,7 +35,7 @@ def nce_loss(
     positive_label: str = "one",
     reduction: str = "mean",
     ignore_index: int = -100,
-    sparse: bool = False,
+    sparse: bool | str = False,
     backend: str = "auto",
     negatives: Tensor | None = None,
     log_q: tuple[Tensor, Tensor] | None = None,
@@ -81,7 +80,9 @@ def nce_loss(
         ignore_index: the target value that means no target.
         sparse: False gives dense gradients, which every optimizer takes, at O(V D) memory and time a step. True gives
             coalesced COO gradients of weight and bias and a step that does not depend on V; for
-            ``torch.optim.SGD``, ``Adagrad`` and ``SparseAdam``.
+            ``torch.optim.SGD``, ``Adagrad`` and ``SparseAdam``. "padded" gives COO gradients of always
+            min(B (k + T), V) rows, the spare ones zero, at class 0: on CUDA the host then never waits for the number of
+            touched rows. True turns into it while a CUDA graph is captured.
         backend: "fused" (compiled), "reference" (plain PyTorch), or "auto": fused where it is there.
         negatives: ids to use instead of drawing: [k] for all examples, or [..., k]. k is then their number.
         log_q: (target_log_q, negative_log_q), the log-probabilities to use instead of the noise's: of target's shape,
@@ -99,69 +100,28 @@ def nce_loss(
             correction (its log q is -inf). On CUDA ids are not checked, see :func:`nce_ext.set_debug`.
         RuntimeError: ``backend="fused"`` without compiled kernels for the device; differentiating twice.
     """
-    _checks.operands(hidden, weight, bias)
-    noise = _checks.noise_of(noise, weight)
-    lead = _check_examples(hidden, target, log_z, sample_weight)
-    _check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
-    n_targets = 1 if target.shape == lead else target.shape[-1]
-    k = _check_negatives(negatives, log_q, hidden, target, n_targets, lead, num_negatives, correction)
-    subtract_log_q = correction != "none"
-    fused = _choose_backend(backend, hidden.device)
-    if seed is not None:
-        check_seed(seed, hidden.device)
-    elif negatives is None:
-        seed = draw_seed(hidden.device, generator)
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    call = _call.prepare(
+        hidden, weight, target, noise, num_negatives, bias=bias, shared=shared, correction=correction, log_z=log_z,
+        remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
+        ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
+        sample_weight=sample_weight, reduction=reduction, sparse=sparse,
+    )  # fmt: skip
+    learns = torch.is_grad_enabled()
+    if learns and not torch.compiler.is_compiling():
         if sparse:
             _ops.keep_coalesced(weight)
             _ops.keep_coalesced(bias)
         else:
             _warn_of_dense_gradient(weight)
 
-    n_examples = math.prod(lead)
-    flat_hidden = hidden.reshape(n_examples, hidden.shape[-1])
-    flat_target = target.reshape(n_examples, n_targets).long().contiguous()
-    ids = None if negatives is None else _as_rows(negatives.long(), k, n_examples)
-    if ids is None and shared:
-        assert seed is not None
-        ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    target_log_q = negative_log_q = None
-    if subtract_log_q and log_q is not None:
-        target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape).contiguous()
-        negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
-    offset = math.log(k) if correction == "log_kq" else 0.0
-    log_z_rows = None
-    if isinstance(log_z, Tensor):
-        log_z_rows = log_z.to(compute).expand(lead).reshape(n_examples)
+    given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
+    if call.fused:
+        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, call.log_z))
+        arguments = (*call.operator_arguments(), learns and hidden.requires_grad, needs_row_grad, call.gradient_layout)
+        losses = _fused(_ops.sampled_loss, arguments, given)
     else:
-        offset += log_z
-
-    uniform_labels, mean_candidates = positive_label == "uniform", candidate_reduction == "mean"
-    if fused:
-        learns = torch.is_grad_enabled()
-        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, log_z_rows))
-        arguments = (
-            flat_hidden if flat_hidden.stride(-1) == 1 else flat_hidden.contiguous(),
-            weight, bias, flat_target, log_z_rows, seed, noise.table, ids, target_log_q, negative_log_q,
-            noise.kind, k, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
-            learns and hidden.requires_grad, needs_row_grad, sparse,
-        )  # fmt: skip
-        losses = _fused_loss(arguments, target, negatives, noise, ignore_index, subtract_log_q, log_q)
-    else:
-        _checks.ids(target, negatives, noise, ignore_index, subtract_log_q, log_q)
-        if ids is None:
-            assert seed is not None
-            ids = reference.draw(noise.kind, noise.n_classes, noise.table, seed, n_examples, k)
-        if subtract_log_q and log_q is None:
-            target_log_q = _log_q_or_zero(noise, flat_target)
-            negative_log_q = _log_q_or_zero(noise, ids)
-        losses = reference.sampled_loss(
-            flat_hidden, weight, bias, flat_target, ids.expand(n_examples, k), log_z_rows,
-            target_log_q, negative_log_q, offset=offset, remove_hits=remove_hits, uniform_labels=uniform_labels,
-            mean_candidates=mean_candidates, ignore_index=ignore_index, sparse=sparse,
-        )  # fmt: skip
-    return _reduce(losses, flat_target, sample_weight, lead, reduction, ignore_index)
+        losses = _reference_loss(call, given, sparse=bool(sparse))
+    return _reduce(losses, call.target, sample_weight, call.lead, reduction, ignore_index)
 
 
 def negative_sampling_loss(
@@ -178,96 +138,120 @@ def negative_sampling_loss(
     return nce_loss(hidden, weight, target, noise, num_negatives, **{"correction": "none", **options})
 
 
-def _check_options(
-    correction: str, candidate_reduction: str, positive_label: str, reduction: str, ignore_index: object
-) -> None:
-    _checks.one_of("correction", correction, CORRECTIONS)
-    _checks.one_of("candidate_reduction", candidate_reduction, ("sum", "mean"))
-    _checks.one_of("positive_label", positive_label, ("one", "uniform"))
-    _checks.one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-
-
-def _check_examples(hidden: Tensor, target: Tensor, log_z: float | Tensor, sample_weight: Tensor | None) -> torch.Size:
-    """hidden's leading sizes."""
-    lead = hidden.shape[:-1]
-    _checks.tensor("target", target, (torch.int64, torch.int32), hidden.device)
-    multiple = target.dim() == hidden.dim() and target.shape[:-1] == lead and target.shape[-1] >= 1
-    if target.shape != lead and not multiple:
-        raise ValueError(
-            f"target must have shape {list(lead)}, or {[*lead, 'T']} with T >= 1 positives, got {list(target.shape)}"
-        )
-    if isinstance(log_z, Tensor):
-        _checks.tensor("log_z", log_z, _checks.FLOATS, hidden.device)
-        if log_z.dim():
-            _checks.batch_shaped("log_z", log_z, lead, None)
-    elif isinstance(log_z, bool) or not isinstance(log_z, (int, float)) or not abs(log_z) < math.inf:
-        raise ValueError(f"log_z must be a finite number or a tensor, got {log_z!r}")
-    if sample_weight is not None:
-        _checks.tensor("sample_weight", sample_weight, _checks.FLOATS, hidden.device)
-        _checks.batch_shaped("sample_weight", sample_weight, lead, None)
-    return lead
-
-
-def _check_negatives(
-    negatives: Tensor | None,
-    log_q: tuple[Tensor, Tensor] | None,
+@torch.no_grad()
+def hogwild_sgd_(
     hidden: Tensor,
+    weight: Tensor,
     target: Tensor,
-    n_targets: int,
-    lead: torch.Size,
+    noise: Noise,
     num_negatives: int,
-    correction: str,
-) -> int:
-    """The number of negatives k."""
-    k = _checks.count("num_negatives", num_negatives, 0, 2**20)
-    if negatives is not None:
-        _checks.tensor("negatives", negatives, (torch.int64, torch.int32), hidden.device)
-        if negatives.dim() < 1:
-            raise ValueError("negatives must be [k] or [..., k], got a scalar")
-        k = _checks.count("the number of negatives", negatives.shape[-1], 0, 2**20)
-        if negatives.dim() > 1:
-            _checks.batch_shaped("negatives", negatives, lead, k)
-    if k == 0 and correction == "log_kq":
-        raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
-    if math.prod(lead) * (k + n_targets) >= 2**32:
-        raise ValueError(
-            f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(lead)} with k = {k}; split it"
-        )
-    if log_q is not None:
-        if correction == "none":
-            raise ValueError("log_q must be None with correction='none', which subtracts no log q")
-        if negatives is None:
-            raise ValueError("log_q must come with negatives: the log q of ids that are yet to be drawn is not known")
-        if not isinstance(log_q, (tuple, list)) or len(log_q) != 2:
-            raise TypeError("log_q must be a pair (target_log_q, negative_log_q)")
-        _checks.tensor("log_q[0]", log_q[0], _checks.FLOATS, hidden.device)
-        _checks.tensor("log_q[1]", log_q[1], _checks.FLOATS, hidden.device)
-        if log_q[0].shape != target.shape:
-            raise ValueError(f"log_q[0] must have target's shape {list(target.shape)}, got {list(log_q[0].shape)}")
-        if log_q[1].dim() != 1 or log_q[1].shape[0] != k:
-            _checks.batch_shaped("log_q[1]", log_q[1], lead, k)
-    return k
+    learning_rate: float,
+    *,
+    bias: Tensor | None = None,
+    shared: bool = False,
+    correction: str = "none",
+    log_z: float | Tensor = 0.0,
+    remove_hits: bool = False,
+    candidate_reduction: str = "sum",
+    positive_label: str = "one",
+    ignore_index: int = -100,
+    backend: str = "auto",
+    negatives: Tensor | None = None,
+    log_q: tuple[Tensor, Tensor] | None = None,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""One step of SGD on weight and bias inside the forward pass: in place, and on CUDA racy by design.
+
+    Equivalent to, where no class occurs twice in the batch::
+
+        losses = nce_loss(hidden, weight, target, noise, num_negatives, correction="none", reduction="none")
+        losses.sum().backward()
+        weight -= learning_rate * weight.grad; bias -= learning_rate * bias.grad
+        return losses, hidden.grad
+
+    On CUDA a single kernel samples, reads the rows, and adds to them by atomics: no gradient of the rows ever exists,
+    nothing is sorted, and nothing is saved. An example may read a row that others have changed already, and additions
+    come in no order, so the result differs slightly from run to run (Recht et al., "Hogwild!: a lock-free approach to
+    parallelizing stochastic gradient descent", NeurIPS 2011; it is how word2vec trains). Elsewhere the step is
+    the exact one above: every example reads the weights as they were. autograd is not involved; train what made
+    ``hidden`` by ``hidden.backward(gradient)``.
+
+    Args: as :func:`nce_loss`, but for
+        weight: on CUDA float32; every row is written by many, so it must not be expanded (its stride of rows >= D).
+        learning_rate: a finite number; the step is that of the sum over examples, not of the mean.
+        correction: "none" (negative sampling, as in word2vec) unless asked otherwise.
+
+    Returns:
+        The loss of each example [...], and the gradient of their sum in hidden, [..., D] in float32 (float64).
+
+    Raises:
+        As :func:`nce_loss`. TypeError: a weight that is not float32, on CUDA. On CUDA an example with a bad id changes
+        nothing and has loss NaN.
+    """
+    if (
+        isinstance(learning_rate, bool)
+        or not isinstance(learning_rate, (int, float))
+        or not math.isfinite(learning_rate)
+    ):
+        raise ValueError(f"learning_rate must be a finite number, got {learning_rate!r}")
+    options: dict[str, Any] = dict(
+        bias=bias, shared=shared, correction=correction, log_z=log_z, remove_hits=remove_hits,
+        candidate_reduction=candidate_reduction, positive_label=positive_label, ignore_index=ignore_index,
+        backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
+    )  # fmt: skip
+    call = _call.prepare(hidden, weight, target, noise, num_negatives, **options)
+    if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
+        raise ValueError(f"weight must have rows that do not overlap to be changed in place, got {weight.stride()}")
+    if call.fused and hidden.device.type == "cuda":
+        if weight.dtype != torch.float32:
+            raise TypeError(f"weight must be float32 to be changed in place on CUDA, got {weight.dtype}")
+        given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
+        losses, gradient = _fused(_ops.scatter_sgd_, (*call.operator_arguments(), True, float(learning_rate)), given)
+        return losses.reshape(call.lead), gradient.reshape(hidden.shape)
+    with torch.enable_grad():
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        leaves = [t.detach().requires_grad_() for t in (hidden.to(compute), weight, bias) if t is not None]
+        options["bias"] = leaves[2] if bias is not None else None
+        losses = nce_loss(leaves[0], leaves[1], target, noise, num_negatives, reduction="none", sparse=True, **options)
+        gradient, *steps = torch.autograd.grad(losses.sum(), leaves)
+    for parameter, step in zip((weight, bias), steps, strict=False):
+        assert parameter is not None
+        parameter.add_(step, alpha=-learning_rate)
+    return losses.detach(), gradient
 
 
-def _choose_backend(backend: str, device: torch.device) -> bool:
-    _checks.one_of("backend", backend, ("auto", "fused", "reference"))
-    available = _library.fused_available(device)
-    if backend == "fused" and not available:
-        raise RuntimeError(f"backend='fused' is not available for {device.type}: {_library.why_missing(device)}")
-    return available and backend != "reference"
+def _fused(operator: Callable[..., Any], arguments: tuple, given: tuple) -> Any:
+    """The CPU kernels check ids as they read them; once one is refused, it is searched for the words to say so.
 
-
-def _fused_loss(arguments: tuple, *ids: Any) -> Tensor:
-    """The kernel checks ids as it reads them; once it has refused one, they are searched for the words to say so."""
+    On CUDA ids are checked beforehand, and only under set_debug(True).
+    """
+    hidden = arguments[0]
     if torch.compiler.is_compiling():
-        return _ops.sampled_loss(*arguments)
+        return operator(*arguments)
+    if hidden.device.type != "cpu":
+        _checks.ids(*given)
     try:
-        return _ops.sampled_loss(*arguments)
+        return operator(*arguments)
     except RuntimeError:
-        _checks.ids(*ids)
+        _checks.ids(*given)
         raise
+
+
+def _reference_loss(call: _call.Call, given: tuple, *, sparse: bool) -> Tensor:
+    _checks.ids(*given)
+    noise, ids, n_examples = call.noise, call.ids, call.hidden.shape[0]
+    if ids is None:
+        assert call.seed is not None
+        ids = reference.draw(noise.kind, noise.n_classes, noise.table, call.seed, n_examples, call.k)
+    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
+    if call.subtract_log_q and target_log_q is None:
+        target_log_q, negative_log_q = _log_q_or_zero(noise, call.target), _log_q_or_zero(noise, ids)
+    return reference.sampled_loss(
+        call.hidden, call.weight, call.bias, call.target, ids.expand(n_examples, call.k), call.log_z, target_log_q,
+        negative_log_q, offset=call.offset, remove_hits=call.remove_hits, uniform_labels=call.uniform_labels,
+        mean_candidates=call.mean_candidates, ignore_index=call.ignore_index, sparse=sparse,
+    )  # fmt: skip
 
 
 def _warn_of_dense_gradient(weight: Tensor) -> None:
@@ -282,11 +266,6 @@ def _warn_of_dense_gradient(weight: Tensor) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _as_rows(values: Tensor, k: int, n_examples: int) -> Tensor:
-    """[1, k] if all examples share them, else [B, k]."""
-    return values.reshape((1, k) if values.dim() == 1 else (n_examples, k)).contiguous()
 
 
 def _log_q_or_zero(noise: Noise, ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nce_ext import _checks, functional
+from nce_ext import _call, _checks, functional
 from nce_ext._memory import empty_table
 from nce_ext.noise import Noise, describe
 
@@ -36,7 +36,7 @@ class _SampledLoss(nn.Module):
         positive_label: str = "one",
         reduction: str = "mean",
         ignore_index: int = -100,
-        sparse: bool = False,
+        sparse: bool | str = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -50,8 +50,9 @@ class _SampledLoss(nn.Module):
             raise ValueError(f"noise must have n_classes = {n_classes} classes, got {noise.n_classes}")
         self.num_negatives = _checks.count("num_negatives", num_negatives, 0, 2**20)
         self.correction = self._correction if correction is None else correction
-        functional._check_options(self.correction, candidate_reduction, positive_label, reduction, ignore_index)
+        _call.check_options(self.correction, candidate_reduction, positive_label, reduction, ignore_index)
         _checks.one_of("backend", backend, ("auto", "fused", "reference"))
+        _call.gradient_layout(sparse)
         if self.correction == "log_kq" and num_negatives == 0:
             raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
         self.shared, self.remove_hits, self.candidate_reduction = shared, remove_hits, candidate_reduction

@@ -167,8 +167,9 @@ def sampled_loss(
     ids = torch.cat([target, negatives], 1)
     live = torch.cat([positive, any_positive.expand_as(negatives)], 1)
     bad = (live & ((ids < 0) | (ids >= n_classes))).any(1)
-    if target_log_q is not None:
-        bad = bad | (positive & torch.isinf(target_log_q)).any(1)
+    if target_log_q is not None and negative_log_q is not None:
+        bad = bad | (positive & ~torch.isfinite(target_log_q)).any(1)
+        bad = bad | (any_positive & ~torch.isfinite(negative_log_q.expand_as(negatives))).any(1)
     live = live & ~bad[:, None]
     ids = torch.where(live, ids, 0)
     if remove_hits:

@@ -270,6 +270,8 @@ REFUSALS = {
     "positive_label": Refusal(
         {"positive_label": 1}, ValueError, r"positive_label must be one of 'one', 'uniform', got 1"
     ),
+    "sparse": Refusal({"sparse": "coo"}, ValueError, r"sparse must be True, False or 'padded', got 'coo'"),
+    "sparse a number": Refusal({"sparse": 1}, ValueError, r"sparse must be True, False or 'padded', got 1"),
     "reduction": Refusal({"reduction": None}, ValueError, r"reduction must be one of 'mean', 'sum', 'none', got None"),
     "backend": Refusal(
         {"backend": "cuda"}, ValueError, r"backend must be one of 'auto', 'fused', 'reference', got 'cuda'"

@@ -9,9 +9,10 @@ import re
 import pytest
 import torch
 from test_errors import REFUSALS, B, D, K, V, ids
+from test_hogwild import REFUSALS as OF_HOGWILD
 
 import nce_ext
-from nce_ext import _checks, evaluate, functional, losses
+from nce_ext import _call, _checks, evaluate, functional, losses
 from nce_ext import noise as noises
 
 CONSTRUCTOR = {
@@ -36,6 +37,7 @@ CONSTRUCTOR = {
     "positive_label": ({"positive_label": "two"}, ValueError, r"positive_label must be one of .* got 'two'"),
     "reduction": ({"reduction": "batchmean"}, ValueError, r"reduction must be one of .* got 'batchmean'"),
     "ignore_index": ({"ignore_index": "pad"}, TypeError, r"ignore_index must be an int, got 'pad'"),
+    "sparse": ({"sparse": "yes"}, ValueError, r"sparse must be True, False or 'padded', got 'yes'"),
     "backend": ({"backend": "native"}, ValueError, r"backend must be one of .* got 'native'"),
 }
 
@@ -83,8 +85,10 @@ def test_refusals_of_evaluation(name):
 
 def test_every_refusal_in_the_source_is_in_a_table():
     """A message that no pattern above matches is a refusal without a test."""
-    patterns = [r.message for r in REFUSALS.values()] + [m for _, _, m in (*CONSTRUCTOR.values(), *EVALUATE.values())]
+    patterns = [r.message for r in REFUSALS.values()] + [
+        m for _, _, m in (*CONSTRUCTOR.values(), *EVALUATE.values(), *OF_HOGWILD.values())
+    ]
     arguments_named = {re.match(r"\\?[\w ]+", p.replace("\\", "")).group().split()[0] for p in patterns}
-    for module in (functional, losses, evaluate, _checks):
+    for module in (functional, _call, losses, evaluate, _checks):
         for name in re.findall(r'Error\(\s*f?"(\w+) must', inspect.getsource(module)):
             assert name in arguments_named, f"{module.__name__}: no test of the refusal of {name}"

@@ -68,6 +68,23 @@ def test_sparse_gradient_is_the_dense_one_exactly(name, backend):
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_a_padded_gradient_is_the_dense_one_in_rows_of_fixed_number(name, native):
+    case = Case(**SHAPES[name])
+    dense, padded = run(case, "fused"), run(case, "fused", sparse="padded")
+    assert torch.equal(padded.loss, dense.loss)
+    for parameter in ("weight", "bias"):
+        left, right = getattr(padded, parameter), getattr(dense, parameter)
+        pairs = case.target.numel() + case.hidden.shape[:-1].numel() * case.negatives
+        assert left._nnz() == min(pairs, case.classes)
+        assert torch.equal(left.to_dense(), right)
+        if left._nnz():
+            steps = left._indices()[0].diff()
+            spare = int((steps <= 0).sum())  # all of them at class 0, behind the ascending rest
+            if spare > 1:
+                assert not left._values()[-spare + 1 :].any()
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_sparse_gradients_come_coalesced(name, native):
     case = Case(**SHAPES[name])
     weight, bias, hidden = leaf(case.weight), leaf(case.bias), leaf(case.hidden)

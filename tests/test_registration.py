@@ -41,7 +41,7 @@ def forward_arguments(**changes):
         "ignore_index": -100,
         "needs_hidden_grad": True,
         "needs_row_grad": True,
-        "sparse": False,
+        "gradient_layout": 0,
     }
     assert set(changes) <= set(arguments)
     return tuple({**arguments, **changes}.values())
@@ -51,16 +51,18 @@ def leaf(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*size, dtype=dtype).requires_grad_()
 
 
-def row_arguments(with_rows=True, with_bias=True, dtype=torch.float32, hidden_dtype=torch.float32):
+def row_arguments(with_rows=True, with_bias=True, dtype=torch.float32, hidden_dtype=torch.float32, padded=()):
     ids = torch.randint(V, (B, T + K)).int()
     ids[0, 0] = -1
     return (
-        ids, torch.randn(B, T + K), torch.randn(B), torch.randn(B, D).to(hidden_dtype), V, dtype, with_rows, with_bias
+        ids, torch.randn(B, T + K), torch.randn(B), torch.randn(B, D).to(hidden_dtype), V, dtype, with_rows, with_bias,
+        *padded,
     )  # fmt: skip
 
 
 def test_every_operator_is_checked_here():
     names = {"simd_level", "sample", "alias_table", "sampled_loss", "row_grad", "row_grad_dense"}
+    names.add("scatter_sgd_")  # only CUDA has it: test_cuda.py
     schemas = {
         s.name.removeprefix("nce_ext::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("nce_ext::")
     }
@@ -96,17 +98,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("layout", [0, 1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_opcheck_sampled_loss(name, sparse):
+def test_opcheck_sampled_loss(name, layout):
     changes = {key: value() if callable(value) else value for key, value in CASES[name].items()}
     tensors = {"hidden": leaf(B, D), "weight": leaf(V, D), "bias": leaf(V)}
-    arguments = forward_arguments(**{**tensors, "sparse": sparse, **changes})
+    arguments = forward_arguments(**{**tensors, "gradient_layout": layout, **changes})
     # aot_dispatch compares eager and traced gradients with allclose, which sparse tensors do not have.
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(
         torch.ops.nce_ext.sampled_loss.default, arguments,
-        test_utils=tests if sparse else [*tests, "test_aot_dispatch_dynamic"],
+        test_utils=tests if layout else [*tests, "test_aot_dispatch_dynamic"],
     )  # fmt: skip
 
 
@@ -128,11 +130,13 @@ def test_opcheck_sampled_loss_of_frozen_tensors(needs_hidden_grad, needs_row_gra
     torch.library.opcheck(torch.ops.nce_ext.sampled_loss.default, arguments)
 
 
-@pytest.mark.parametrize("operator", ["row_grad", "row_grad_dense"])
+@pytest.mark.parametrize(
+    ("operator", "padded"), [("row_grad", (False,)), ("row_grad", (True,)), ("row_grad_dense", ())]
+)
 @pytest.mark.parametrize(("with_rows", "with_bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_row_gradients(operator, with_rows, with_bias, dtype):
-    arguments = row_arguments(with_rows, with_bias, dtype, torch.bfloat16)
+def test_opcheck_row_gradients(operator, padded, with_rows, with_bias, dtype):
+    arguments = row_arguments(with_rows, with_bias, dtype, torch.bfloat16, padded)
     torch.library.opcheck(getattr(torch.ops.nce_ext, operator).default, arguments)
 
 
@@ -149,7 +153,7 @@ def sample(seed=torch.tensor([1, 2]), table=noise.table, kind=2, n=V, rows=3, co
 def forward(**changes):
     return ops.sampled_loss(*forward_arguments(**changes))
 def rows(at=None, value=None, operator=ops.row_grad):
-    arguments = list(row_arguments())
+    arguments = list(row_arguments(padded=() if operator is ops.row_grad_dense else (False,)))
     if at is not None:
         arguments[at] = value
     return operator(*arguments)

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../row_grad_call.h"
 #include "huge_pages.h"
 #include "kernels.h"
 #include "sort_pairs.h"
@@ -28,6 +28,7 @@ struct Segments {
   Storage storage;
   SortedPairs pairs;
   std::vector<int64_t> starts;
+  int64_t n_padded;  // rows of a gradient whose size does not depend on the ids
   int64_t n_threads;
 
   int64_t size() const { return static_cast<int64_t>(starts.size()) - 1; }
@@ -35,48 +36,20 @@ struct Segments {
 
 Segments sort_segments(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
                        int64_t n_classes, ScalarType dtype) {
-  check_dtype("ids", ids, ScalarType::Int);
-  STD_TORCH_CHECK(ids.dim() == 2 && ids.is_contiguous(), "ids must be 2-D and contiguous, got ", shape_of(ids));
-  STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",
-                  n_classes);
-  const int64_t batch = ids.size(0), columns = ids.size(1);
-  const Storage hidden_storage = storage_of("hidden", hidden);
-  const ScalarType compute = compute_type(hidden_storage);
-  check_dtype("dlogit", dlogit, compute);
-  check_shape("dlogit", dlogit, {batch, columns});
-  STD_TORCH_CHECK(dlogit.is_contiguous(), "dlogit must be contiguous");
-  check_dtype("grad_loss", grad_loss, compute);
-  check_shape("grad_loss", grad_loss, {batch});
-  check_rows("hidden", hidden);
-  STD_TORCH_CHECK(hidden.size(0) == batch, "hidden must have ", batch, " rows, got ", hidden.size(0));
-  const int64_t n = batch * columns;
-  STD_TORCH_CHECK(n < (int64_t{1} << 32), "ids must have fewer than 2^32 elements, got ", n);
+  const RowGradCall call = check_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+  const int64_t n = call.n_pairs;
   const auto* classes = static_cast<const int32_t*>(ids.const_data_ptr());
   STD_TORCH_CHECK(n == 0 || *std::max_element(classes, classes + n) < n_classes, "ids must be below ", n_classes);
 
   Segments s;
-  switch (dtype) {
-    case ScalarType::Float:
-      s.storage = Storage::kFloat;
-      break;
-    case ScalarType::BFloat16:
-      s.storage = Storage::kBFloat16;
-      break;
-    case ScalarType::Half:
-      s.storage = Storage::kHalf;
-      break;
-    default:
-      s.storage = Storage::kDouble;
-  }
-  STD_TORCH_CHECK(s.storage != Storage::kDouble || dtype == ScalarType::Double, "dtype must be a float type");
-  STD_TORCH_CHECK((s.storage == Storage::kDouble) == (hidden_storage == Storage::kDouble),
-                  "dtype and hidden must both be float64 or neither");
+  s.storage = call.storage;
+  s.n_padded = padded_rows(call);
   s.n_threads = std::clamp<int64_t>(n / kPairsPerThread, 1, torch::stable::get_num_threads());
   const auto loop = [](int64_t count, const auto& f) { parallel(count, f); };
   s.pairs = sort_pairs(classes, n, n_classes, s.n_threads, loop);
   s.starts = segment_starts(s.pairs, s.n_threads, loop);
   s.p.dim = hidden.size(1);
-  s.p.columns = columns;
+  s.p.columns = call.columns;
   s.p.pairs = s.pairs.keys.get();
   s.p.segment_start = s.starts.data();
   s.p.dlogit = dlogit.const_data_ptr();
@@ -84,7 +57,7 @@ Segments sort_segments(const Tensor& ids, const Tensor& dlogit, const Tensor& gr
   s.p.grad_loss_stride = grad_loss.stride(0);
   s.p.hidden = hidden.const_data_ptr();
   s.p.hidden_stride = hidden.stride(0);
-  s.p.hidden_storage = hidden_storage;
+  s.p.hidden_storage = call.hidden_storage;
   return s;
 }
 
@@ -103,11 +76,16 @@ void sum_segments(const Segments& s) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
-                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias) {
+                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias,
+                                            bool padded) {
   Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
-  Tensor classes = torch::stable::new_empty(ids, {s.size()}, ScalarType::Long);
-  Tensor rows = torch::stable::new_empty(hidden, {with_rows ? s.size() : 0, s.p.dim}, dtype);
-  Tensor bias = torch::stable::new_empty(hidden, {with_bias ? s.size() : 0}, dtype);
+  const int64_t n_rows = padded ? s.n_padded : s.size();
+  const auto allocate = [&](const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+    return padded ? torch::stable::new_zeros(like, sizes, type) : torch::stable::new_empty(like, sizes, type);
+  };
+  Tensor classes = allocate(ids, {n_rows}, ScalarType::Long);
+  Tensor rows = allocate(hidden, {with_rows ? n_rows : 0, s.p.dim}, dtype);
+  Tensor bias = allocate(hidden, {with_bias ? n_rows : 0}, dtype);
   auto* out = static_cast<int64_t*>(classes.mutable_data_ptr());
   for (int64_t i = 0; i < s.size(); ++i) out[i] = static_cast<int64_t>(s.p.pairs[s.starts[i]] >> 32);
   if (with_rows) {

@@ -8,17 +8,6 @@
 
 namespace nce::NCE_SIMD_NAMESPACE {
 
-// pair / columns without a division: for 1 < columns < 2^32 and pair < 2^32 the upper half of
-// pair * (floor((2^64 - 1) / columns) + 1) is exact.
-struct ExampleOf {
-  uint64_t columns, reciprocal;
-  explicit ExampleOf(uint64_t n) : columns(n), reciprocal(n > 1 ? ~uint64_t{0} / n + 1 : 0) {}
-  NCE_INLINE_LAMBDA inline int64_t operator()(uint64_t pair) const {
-    if (columns == 1) return static_cast<int64_t>(pair);
-    return static_cast<int64_t>((static_cast<unsigned __int128>(pair) * reciprocal) >> 64);
-  }
-};
-
 // Pairs of one segment that are summed before they join the rest: bounds the rounding error of a hot row, whose pairs
 // may count in the millions, and what is fetched ahead.
 constexpr int kChunk = 64;
@@ -31,12 +20,12 @@ struct Chunk {
 };
 
 template <class Hidden, class Real>
-NCE_INLINE void read_chunk(const RowGrad& p, const ExampleOf& example_of, int64_t first, int64_t last,
+NCE_INLINE void read_chunk(const RowGrad& p, const ExampleOf& examples, int64_t first, int64_t last,
                            Chunk<Hidden, Real>& chunk) {
   chunk.count = static_cast<int>(last - first);
   for (int i = 0; i < chunk.count; ++i) {
     const uint64_t pair = static_cast<uint32_t>(p.pairs[first + i]);
-    const int64_t example = example_of(pair);
+    const int64_t example = example_of(examples, pair);
     const Real grad_loss = static_cast<const Real*>(p.grad_loss)[example * p.grad_loss_stride];
     chunk.coefficient[i] = static_cast<const Real*>(p.dlogit)[pair] * grad_loss;
     chunk.row[i] = static_cast<const Hidden*>(p.hidden) + example * p.hidden_stride;
@@ -107,7 +96,7 @@ NCE_INLINE void sum_rows(const Chunk<Hidden, Real>& chunk, int64_t dim, const Ou
 template <class Stored, class Hidden, class Real>
 NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial) {
   constexpr int64_t kAhead = 6;  // pairs; hidden rows of a segment lie anywhere in the batch
-  const ExampleOf example_of(static_cast<uint64_t>(p.columns));
+  const ExampleOf examples = examples_of(static_cast<uint64_t>(p.columns));
   const bool streamed = p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
   const int64_t n_pairs = p.segment_start[end];
   int64_t fetched = p.segment_start[begin];
@@ -121,11 +110,11 @@ NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, 
       for (const int64_t until = chunk_end + kAhead < n_pairs ? chunk_end + kAhead : n_pairs; fetched < until;
            ++fetched) {
         const uint64_t pair = static_cast<uint32_t>(p.pairs[fetched]);
-        const Hidden* x = static_cast<const Hidden*>(p.hidden) + example_of(pair) * p.hidden_stride;
+        const Hidden* x = static_cast<const Hidden*>(p.hidden) + example_of(examples, pair) * p.hidden_stride;
         for (int64_t d = 0; d < p.dim; d += 64 / sizeof(Hidden)) __builtin_prefetch(x + d);
         __builtin_prefetch(static_cast<const Real*>(p.dlogit) + pair);
       }
-      read_chunk(p, example_of, chunk_begin, chunk_end, chunk);
+      read_chunk(p, examples, chunk_begin, chunk_end, chunk);
       if (p.values) {
         Stored* row = static_cast<Stored*>(p.values) + out_row * p.dim;
         sum_rows(chunk, p.dim, Output<Stored, Real>{row, partial, chunk_begin == first, chunk_end == last, streamed});

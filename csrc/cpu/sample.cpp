@@ -13,11 +13,9 @@ namespace {
 constexpr int64_t kGrain = 4096;  // draws, about 20 microseconds
 
 Tensor sample(Tensor seed, Tensor table, int64_t kind, int64_t n_classes, int64_t rows, int64_t cols) {
-  const Seed words = seed_of(seed);
-  const Noise noise = noise_of(kind, n_classes, table);
-  constexpr int64_t kLimit = int64_t{1} << 32;
-  STD_TORCH_CHECK(rows >= 0 && rows <= kLimit, "rows must be in 0 .. 2^32, got ", rows);
-  STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
+  const Seed words = read_seed(seed_words(seed, seed), seed.stride(0));
+  const Noise noise = noise_of(kind, n_classes, table, seed);
+  check_sample_shape(rows, cols);
   Tensor ids = torch::stable::new_empty(seed, {rows, cols});
   auto* out = static_cast<int64_t*>(ids.mutable_data_ptr());
   torch::stable::parallel_for(0, ids.numel(), kGrain, [&](int64_t begin, int64_t end) {

@@ -50,7 +50,7 @@ struct TileReader {
   const SampledLoss& p;
   int64_t example, end;
   int64_t n_tiles = tiles_per_example<Stored>(p);
-  DrawStream draws{p.noise, p.seed, p.n_negatives};
+  DrawStream draws{p.noise, read_seed(p.seed, p.seed_stride), p.n_negatives};
   int64_t column = 0;
   int64_t tile_index = 0;
   int64_t n_positive = 0;

@@ -328,6 +328,11 @@ NCE_INLINE Vec<float> exp_negative(const Vec<float>& a) {
 }
 
 // log(1 + e) = 2 atanh(e / (2 + e)), 0 <= e <= 1, relative error below 2e-7.
+template <class Real>
+NCE_INLINE Vec<Real> reciprocal(const Vec<Real>& x) {
+  return Vec<Real>(Real(1)) / x;
+}
+
 NCE_INLINE Vec<float> log1p_unit(const Vec<float>& e) {
   const Vec<float> s = e / (e + Vec<float>(2.0f));
   const Vec<float> square = s * s;

@@ -140,6 +140,8 @@ void test_sort() {
   }
 }
 
+constexpr int64_t kSeed[2] = {123456789012345, 987654321};
+
 struct Problem {
   int64_t batch, dim, n_targets, n_negatives, n_classes;
   bool remove_hits;
@@ -183,7 +185,8 @@ struct Problem {
     p.bias = bias.data();
     p.target = target.data();
     p.noise = Noise{NoiseKind::kAlias, v, table.data(), 0, 0, 0};
-    p.seed = Seed{123456789012345ull, 987654321ull};
+    p.seed = kSeed;
+    p.seed_stride = 1;
     p.subtract_log_q = true;
     p.offset = std::log(static_cast<double>(k));
     p.remove_hits = remove;
@@ -216,12 +219,11 @@ void test_sampled_loss(const Kernels& kernels, const Problem& problem) {
     for (int64_t c = 0; c < columns; ++c) {
       const bool positive = c < p.n_targets;
       const int64_t slot = c - p.n_targets;
-      int64_t id =
-          positive
-              ? target[c]
-              : draw(p.noise,
-                     draw_bits(random_words(p.seed, static_cast<uint32_t>(b), static_cast<uint32_t>(slot / 2)), slot))
-                    .id;
+      int64_t id = positive ? target[c]
+                            : draw(p.noise, draw_bits(random_words(read_seed(p.seed, 1), static_cast<uint32_t>(b),
+                                                                   static_cast<uint32_t>(slot / 2)),
+                                                      slot))
+                                  .id;
       bool live = !ignored && !(positive && id == -100);
       if (!positive && p.remove_hits && std::find(target, target + p.n_targets, id) != target + p.n_targets) {
         live = false;
