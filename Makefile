@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CUDA_VENV ?= .venv-cuda
 CXX ?= g++
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layouts.py tests/test_gradients.py
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: help build demo test test-simd bench lint format sanitize wheel audit clean
+.PHONY: help build demo test test-simd bench lint format sanitize wheel audit cuda-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -81,6 +82,21 @@ audit: wheel $(VENV)/.audit  ## check the wheel: only Python's and torch's stabl
 	@for object in $$(find build -name 'kernels_avx*.o'); do \
 		if nm "$$object" | grep -E ' [WVu] '; then echo "$$object shares code with other instruction sets"; exit 1; fi; \
 	done
+
+# In a build folder of its own: the two builds of torch would rebuild each other's objects.
+$(CUDA_VENV)/.cuda: requirements/cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet -r $<
+	@touch $@
+
+cuda-check: $(CUDA_VENV)/.cuda  ## build the CUDA kernels and check them, in .venv-cuda; needs a CUDA toolkit, no GPU
+	mkdir -p build/cuda && printf '[build]\nbuild_base = build/cuda\n' > build/cuda/setup.cfg
+	rm -rf build/cuda/dist
+	env -u TORCH_CUDA_ARCH_LIST NCE_EXT_CUDA=1 DIST_EXTRA_CONFIG=$(CURDIR)/build/cuda/setup.cfg \
+		$(CUDA_VENV)/bin/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/cuda/dist .
+	$(CUDA_VENV)/bin/pip install --quiet --no-deps --force-reinstall build/cuda/dist/*.whl
+	$(CUDA_VENV)/bin/python .ci/check-cuda
+	$(CUDA_VENV)/bin/torch-abi-audit --check both build/cuda/lib*/nce_ext/_C_cuda.abi3.so
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist demo *.egg-info nce_ext/*.so

@@ -16,29 +16,53 @@ from nce_ext._version import __version__
 
 _missing: dict[str, str] = {}
 _debug = False
+_warned_of_reference = False
 
 
-def _load_cpu() -> bool:
+def _load_cpu() -> str | None:
+    """Load the operators and their CPU kernels; the reason if that cannot be done."""
     if os.environ.get("NCE_EXT_DISABLE_NATIVE") == "1":
-        _missing["fused (cpu)"] = "switched off by NCE_EXT_DISABLE_NATIVE=1"
-        return False
+        return "switched off by NCE_EXT_DISABLE_NATIVE=1"
     try:
         importlib.import_module("nce_ext._C")  # its static initialisers register the operators
         torch.ops.nce_ext.simd_level()
     except ImportError as error:
-        _missing["fused (cpu)"] = (
+        return (
             f"nce_ext._C could not be imported ({error}); build it with "
             "`pip install --no-build-isolation .` in an environment that has torch >= 2.11 and a C++ compiler"
         )
-        return False
     except RuntimeError as error:
-        _missing["fused (cpu)"] = str(error).splitlines()[0]
-        return False
-    return True
+        return str(error).splitlines()[0]
+    return None
 
 
-_has_cpu = _load_cpu()
-_missing["fused (cuda)"] = "this version has no CUDA kernels; CUDA tensors use the reference backend"
+def _load_cuda(missing_cpu: str | None) -> str | None:
+    """Load the CUDA kernels; the reason if that cannot be done."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA, then nce_ext again"
+    if missing_cpu is not None:
+        return f"they need the operators of nce_ext._C: {missing_cpu}"
+    build = (
+        "build it with `NCE_EXT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in an "
+        f"environment that has this torch and a CUDA {torch.version.cuda.split('.')[0]} toolkit"
+    )
+    try:
+        importlib.import_module("nce_ext._C_cuda")
+    except ModuleNotFoundError:
+        return f"nce_ext._C_cuda was not built; {build}"
+    except ImportError as error:
+        return f"nce_ext._C_cuda could not be imported ({error}); {build}"
+    return None
+
+
+def _load() -> tuple[bool, bool]:
+    """Whether there are kernels for the CPU, and for CUDA."""
+    reasons = {"cpu": (missing_cpu := _load_cpu()), "cuda": _load_cuda(missing_cpu)}
+    _missing.update({f"fused ({device})": reason for device, reason in reasons.items() if reason is not None})
+    return reasons["cpu"] is None, reasons["cuda"] is None
+
+
+_has_cpu, _has_cuda = _load()
 
 if not _has_cpu:
     warnings.warn(
@@ -50,12 +74,26 @@ if not _has_cpu:
 
 def fused_available(device: torch.device) -> bool:
     """Whether compiled kernels can serve tensors of this device."""
-    return device.type == "cpu" and _has_cpu
+    return (device.type == "cpu" and _has_cpu) or (device.type == "cuda" and _has_cuda)
 
 
 def why_missing(device: torch.device) -> str:
     """The reason fused_available(device) is False, in words for an error message."""
     return _missing.get(f"fused ({device.type})", f"there are no kernels for device type {device.type!r}")
+
+
+def warn_of_reference(device: torch.device) -> None:
+    """Say, once, that a GPU is served by the reference backend; import is too early, since it may never be used."""
+    global _warned_of_reference
+    if _warned_of_reference:
+        return
+    _warned_of_reference = True
+    warnings.warn(
+        "nce_ext runs on its pure-PyTorch reference backend for tensors on "
+        f"{device.type}, which is much slower: {why_missing(device)}. backend='reference' asks for it without warning.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def set_debug(enabled: bool) -> None:
@@ -77,15 +115,17 @@ def build_info() -> dict[str, object]:
     """What this installation can do, and the reason for anything it cannot.
 
     Returns:
-        A dict with ``version``, ``torch``, ``python``, ``backends`` (the usable ones), ``simd`` (instruction set of
-        the CPU kernels: "generic", "avx2", "avx512", or None), ``threads`` (torch's intra-op threads) and ``missing``
-        (backend -> reason).
+        A dict with ``version``, ``torch``, ``python``, ``cuda`` (the version torch is built for, or None), ``backends``
+        (the usable ones; whether there is a GPU is for torch to say), ``simd`` (instruction set of the CPU kernels:
+        "generic", "avx2", "avx512", or None), ``threads`` (torch's intra-op threads) and ``missing`` (backend ->
+        reason).
     """
     return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backends": (["fused (cpu)"] if _has_cpu else []) + ["reference"],
+        "cuda": torch.version.cuda,
+        "backends": ["fused (cpu)"] * _has_cpu + ["fused (cuda)"] * _has_cuda + ["reference"],
         "simd": torch.ops.nce_ext.simd_level() if _has_cpu else None,
         "threads": torch.get_num_threads(),
         "missing": dict(_missing),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from conftest import require_native
 
 import nce_ext
+from nce_ext import _call, _library
 
 PACKAGE = Path(nce_ext.__file__).parent
 
@@ -117,9 +120,76 @@ def test_build_info():
     assert info["backends"][-1] == "reference"
     assert ("fused (cpu)" in info["backends"]) == ("fused (cpu)" not in info["missing"])
     assert (info["simd"] is None) == ("fused (cpu)" in info["missing"])
-    assert "fused (cuda)" in info["missing"]
+    assert info["cuda"] == torch.version.cuda
+    assert ("fused (cuda)" in info["backends"]) == ("fused (cuda)" not in info["missing"])
     info["missing"].clear()
     assert nce_ext.build_info()["missing"]
+
+
+def test_reasons_for_missing_cuda_kernels(monkeypatch):
+    def refuse(error: ImportError) -> str:
+        def fail(name):
+            raise error
+
+        monkeypatch.setattr(_library.importlib, "import_module", fail)
+        return _library._load_cuda(None)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "nce_ext._C: switched off" in _library._load_cuda("switched off")
+    not_built = refuse(ModuleNotFoundError("No module named 'nce_ext._C_cuda'"))
+    not_loaded = refuse(ImportError("libcudart.so.12: cannot open shared object file"))
+    assert "was not built" in not_built
+    assert "could not be imported (libcudart.so.12" in not_loaded
+    for reason in (not_built, not_loaded):
+        assert "NCE_EXT_CUDA=1 pip install" in reason
+        assert "CUDA 13 toolkit" in reason
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"torch {torch.__version__} is a build without CUDA" in _library._load_cuda(None)
+
+
+def test_a_broken_cuda_module_leaves_the_cpu_whole(native, tmp_path):
+    copy = copy_of_the_python_files(tmp_path)
+    shutil.copy(sys.modules["nce_ext._C"].__file__, copy)
+    (copy / "_C_cuda.abi3.so").write_bytes(b"not a library")
+    code = "import torch\ntorch.version.cuda = '13.0'\n" + WITHOUT_EDITABLE
+    code += "print(nce_ext.build_info()['backends']); print(nce_ext.build_info()['missing'])"
+    done = python(code, "-W", "error::RuntimeWarning", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    backends, missing = done.stdout.splitlines()
+    assert backends == "['fused (cpu)', 'reference']"
+    assert "nce_ext._C_cuda could not be imported (" in ast.literal_eval(missing)["fused (cuda)"]
+
+
+def test_the_reference_on_a_gpu_is_warned_of_once(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(_library, "_has_cuda", False)
+    monkeypatch.setattr(_library, "_warned_of_reference", False)
+    monkeypatch.setitem(_library._missing, "fused (cuda)", "the reason")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        return x + _call._choose_backend("auto", cuda, 8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        _call._choose_backend("auto", torch.device("cpu"), 8)
+        _call._choose_backend("reference", cuda, 8)
+        compiled(torch.zeros(1))
+    with pytest.warns(RuntimeWarning, match=r"reference backend for tensors on cuda.*the reason.*backend='reference'"):
+        assert not _call._choose_backend("auto", cuda, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert not _call._choose_backend("auto", cuda, 8)
+    with pytest.raises(RuntimeError, match="not available for cuda: the reason"):
+        _call._choose_backend("fused", cuda, 8)
+    monkeypatch.setattr(_library, "_has_cuda", True)
+    assert _call._choose_backend("auto", cuda, 8)
+    assert _call._choose_backend("auto", cuda, _call.CUDA_MAX_DIM)
+    assert not _call._choose_backend("reference", cuda, _call.CUDA_MAX_DIM + 1)
+    with pytest.raises(
+        ValueError, match=r"weight must have at most 16384 columns for the CUDA kernels, got 16385; back"
+    ):
+        _call._choose_backend("auto", cuda, _call.CUDA_MAX_DIM + 1)
 
 
 # Instruction sets
@@ -213,6 +283,7 @@ FLOORS = [
     {"_ops"},
     {"noise", "optim", "utils"},
     {"_checks"},
+    {"_call"},
     {"functional"},
     {"losses", "contrastive"},
     {"evaluate", "distributed"},

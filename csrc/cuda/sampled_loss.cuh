@@ -1,0 +1,324 @@
+// The fused forward pass: draw, gather, dot, correct, objective, gradient of hidden. Each row is read from memory once
+// and stays in registers until all of that is done.
+//
+// An example belongs to one warp; if a row is too long for the registers of one, to all warps of a block, which add
+// up their partial dot products through shared memory. In a warp, groups of lanes work on different rows, and each
+// has several rows in flight: that is what hides the latency of random reads. Candidate columns come in tiles of 32,
+// one to a lane.
+#pragma once
+
+#include "../objective.h"
+#include "candidates.cuh"
+#include "pack.cuh"
+#include "reduce.cuh"
+#include "shapes.cuh"
+
+namespace nce::cuda {
+
+// What the racy in-place update needs beside the loss; see scatter.cu.
+struct InPlaceUpdate {
+  float* weight;
+  float* bias;  // or null
+  float step;   // learning rate
+};
+
+template <class Stored, class Shape, Access kAccess, bool kUpdate>
+struct SampledLossWarp {
+  using Real = Compute<Stored>;
+  static constexpr int kPer = kPerVector<Stored>;
+  static constexpr int kVectors = Shape::kVectors, kGroup = Shape::kGroup, kRows = Shape::kRows;
+  static constexpr int kGroups = kWarp / kGroup;  // of lanes, in a warp
+  static constexpr int kBatch = kRows * kGroups;  // rows in flight in a warp
+  static constexpr int kShare = kGroup / kRows;   // lanes that end up with the same row's dot product
+  static constexpr bool kSplit = Shape::kSplit, kHold = Shape::kHold;
+  static constexpr bool kStaged = kSplit && kHold;  // hidden lies in shared memory, not in registers
+
+  const SampledLoss& p;
+  const InPlaceUpdate& update;
+  const int lane = threadIdx.x % kWarp, group = lane / kGroup, in_group = lane % kGroup;
+  const int warp = kSplit ? warp_of_block() : 0, n_warps = kSplit ? blockDim.x / kWarp : 1;
+  const int dim = static_cast<int>(p.dim), row_bytes = dim * static_cast<int>(sizeof(Stored));
+  const Seed seed = read_seed(p.seed, p.seed_stride);
+  const int n_vectors = kHold ? kVectors : (dim + n_warps * kWarp * kPer - 1) / (n_warps * kWarp * kPer);
+  const bool wide_hidden = wide_rows(p.hidden, p.hidden_stride, p.dim, p.hidden_storage, kPer);
+
+  Real hidden[kStaged || !kHold ? 1 : kVectors * kPer];
+  Real gradient[kHold ? kVectors * kPer : 1];
+  Real loss;
+  int exchange = 0;  // which of two buffers of partial dot products is next
+
+  // First element of this lane's vector v. Warps take turns, so that all have work however long a row is.
+  __device__ __forceinline__ int element_of(int v) const { return ((v * n_warps + warp) * kGroup + in_group) * kPer; }
+  __device__ __forceinline__ Real* partial_dots() const { return shared_memory<Real>(); }
+  __device__ __forceinline__ Real* staged_hidden() const { return shared_memory<Real>() + 2 * kWarp * kRows; }
+
+  __device__ __forceinline__ void load_hidden(int64_t example) {
+    if constexpr (!kHold) {
+      for (int v = 0; v < n_vectors; ++v) {
+        for (int e = 0; e < kPer; ++e) {
+          if (p.grad_hidden && element_of(v) + e < dim) *gradient_in_memory(example, element_of(v) + e) = Real(0);
+        }
+      }
+      return;
+    }
+    const int64_t offset = example * p.hidden_stride;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int first = element_of(v);
+      if constexpr (kStaged) {
+        Real part[kPer];
+        load_elements<kPer>(p.hidden, offset, p.hidden_storage, first, dim, wide_hidden, part);
+#pragma unroll
+        for (int e = 0; e < kPer; ++e) staged_hidden()[first + e] = part[e];  // read back by this lane alone
+      } else if constexpr (kHold) {
+        load_elements<kPer>(p.hidden, offset, p.hidden_storage, first, dim, wide_hidden, hidden + v * kPer);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < (kHold ? kVectors * kPer : 1); ++i) gradient[i] = Real(0);
+  }
+
+  __device__ __forceinline__ Real* gradient_in_memory(int64_t example, int element) const {
+    return static_cast<Real*>(p.grad_hidden) + example * p.dim + element;
+  }
+
+  __device__ __forceinline__ void hidden_part(int64_t example, int v, Real* out) const {
+    if constexpr (kStaged) {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) out[e] = staged_hidden()[element_of(v) + e];
+    } else if constexpr (kHold) {
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) out[e] = hidden[v * kPer + e];
+    } else {
+      load_elements<kPer>(p.hidden, example * p.hidden_stride, p.hidden_storage, element_of(v), dim, wide_hidden, out);
+    }
+  }
+
+  __device__ __forceinline__ Vector load_row(const char* row, int v, bool wanted) const {
+    const int at = element_of(v) * static_cast<int>(sizeof(Stored));
+    return load_vector<Stored, kAccess, kUpdate>(row, at, row_bytes, wanted);
+  }
+
+  // Sums over all warps of the dot product of the row that this lane has ended up with.
+  __device__ __forceinline__ Real sum_of_warps(Real partial) {
+    Real* buffer = partial_dots() + exchange * kWarp * kRows;
+    exchange ^= 1;  // the barrier of the next batch comes before anyone writes to this buffer again
+    const int row = in_group / kShare;
+    if (in_group % kShare == 0) buffer[warp * kRows + row] = partial;
+    __syncthreads();
+    Real sum = Real(0);
+    for (int w = 0; w < n_warps; ++w) sum += buffer[w * kRows + row];
+    return sum;
+  }
+
+  // Columns first .. first + kBatch - 1 of a tile whose candidates are in `mine`, one to a lane.
+  __device__ __forceinline__ void batch(int64_t example, uint32_t tile, int first, uint32_t live,
+                                        const Candidate<Real>& mine, Real positive_label, Real scale) {
+    Vector row[kHold ? kRows : 1][kHold ? kVectors : 1];
+    const char* address[kRows];
+    bool present[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int slot = first + r * kGroups + group;
+      const int32_t id = __shfl_sync(kAllLanes, mine.id, slot);
+      present[r] = (live >> slot) & 1u;
+      address[r] = static_cast<const char*>(p.weight) +
+                   static_cast<int64_t>(present[r] ? id : 0) * p.weight_stride * static_cast<int>(sizeof(Stored));
+      if constexpr (kHold) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) row[r][v] = load_row(address[r], v, present[r]);
+      }
+    }
+
+    Real dot[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) dot[r] = Real(0);
+#pragma unroll(kVectors)
+    for (int v = 0; v < (kHold ? kVectors : n_vectors); ++v) {
+      Real x[kPer];
+      hidden_part(example, v, x);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const auto w = unpack<Stored>(kHold ? row[r][kHold ? v : 0] : load_row(address[r], v, present[r]));
+#pragma unroll
+        for (int e = 0; e < kPer; ++e) dot[r] = fma(x[e], w.element[e], dot[r]);
+      }
+    }
+    Real z = sums_scattered<kGroup, kRows>(dot, in_group);
+    if constexpr (kSplit) z = sum_of_warps(z);
+
+    // The objective once a row: this lane has the dot product of column `own`, as have kShare - 1 others.
+    const int own = first + in_group / kShare * kGroups + group;
+    z += __shfl_sync(kAllLanes, mine.offset, own);
+    const uint32_t column = tile * kWarp + own;
+    const Real label = column < static_cast<uint32_t>(p.n_targets) ? positive_label : Real(0);
+    const Column<Real> objective = binary_column(z, label);
+    const bool own_live = (live >> own) & 1u;
+    const Real dlogit = own_live ? scale * objective.dlogit : Real(0);
+    if (own_live && in_group % kShare == 0 && warp == 0) {
+      loss += scale * objective.loss;
+      if (p.dlogit) {
+        static_cast<Real*>(p.dlogit)[example * (p.n_targets + p.n_negatives) + column] = dlogit;
+      }
+    }
+    if constexpr (kUpdate) {
+      const int32_t id = __shfl_sync(kAllLanes, mine.id, own);
+      if (own_live && in_group % kShare == 0 && warp == 0 && update.bias) {
+        atomicAdd(update.bias + id, -update.step * dlogit);
+      }
+    }
+
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
+      if (p.grad_hidden && kHold) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+          const auto w = unpack<Stored>(row[r][kHold ? v : 0]);
+#pragma unroll
+          for (int e = 0; e < kPer; ++e) {
+            gradient[v * kPer + e] = fma(d, w.element[e], gradient[v * kPer + e]);
+          }
+        }
+      } else if (p.grad_hidden && present[r]) {
+        add_in_memory(example, address[r], d);
+      }
+      if constexpr (kUpdate) {
+        if (present[r]) update_row(example, address[r], -update.step * d);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_in_memory(int64_t example, const char* address, Real d) const {
+    for (int v = 0; v < n_vectors; ++v) {
+      const auto w = unpack<Stored>(load_row(address, v, true));
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) {
+        if (element_of(v) + e >= dim) continue;
+        Real* sum = gradient_in_memory(example, element_of(v) + e);  // this lane's alone
+        *sum = fma(d, w.element[e], *sum);
+      }
+    }
+  }
+
+  // row += factor * hidden, in memory.
+  __device__ __forceinline__ void update_row(int64_t example, const char* address, Real factor) const {
+    float* row = update.weight + (reinterpret_cast<const float*>(address) - static_cast<const float*>(p.weight));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int first = element_of(v);
+      Real x[kPer];
+      hidden_part(example, v, x);
+#pragma unroll
+      for (int e = 0; e < kPer; ++e) x[e] *= factor;
+      if constexpr (kAccess == Access::kBytes16) {
+        if (first < dim) add_in_place4(row + first, x);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kPer; ++e) {
+          if (first + e < dim) atomicAdd(row + first + e, x[e]);
+        }
+      }
+    }
+  }
+
+  // An example without a target: loss 0. A bad one: loss NaN. Neither has a gradient.
+  __device__ __forceinline__ void skip(int64_t example, bool bad) const {
+    const int64_t n_columns = p.n_targets + p.n_negatives;
+    const int n_threads = n_warps * kWarp, thread = warp * kWarp + lane;
+    if (thread == 0) static_cast<Real*>(p.loss)[example] = bad ? static_cast<Real>(NAN) : Real(0);
+    if (p.ids) {
+      for (int64_t c = thread; c < n_columns; c += n_threads) {
+        p.ids[example * n_columns + c] = -1;
+        static_cast<Real*>(p.dlogit)[example * n_columns + c] = Real(0);
+      }
+    }
+    if (p.grad_hidden) {
+      for (int d = thread; d < dim; d += n_threads) static_cast<Real*>(p.grad_hidden)[example * p.dim + d] = Real(0);
+    }
+  }
+
+  __device__ __forceinline__ void store_gradient(int64_t example) {
+    Real* out = static_cast<Real*>(p.grad_hidden) + example * p.dim;
+#pragma unroll
+    for (int offset = kGroup; offset < kWarp; offset *= 2) {
+#pragma unroll
+      for (int i = 0; i < kVectors * kPer; ++i) gradient[i] += __shfl_xor_sync(kAllLanes, gradient[i], offset);
+    }
+    constexpr int kWide = 16 / static_cast<int>(sizeof(Real));
+    const bool wide = dim % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_hidden) % 16 == 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v % kGroups != group) continue;  // all groups have the same sums now
+      const int first = element_of(v);
+      if (wide) {
+#pragma unroll
+        for (int e = 0; e < kPer; e += kWide) {
+          Vector packed;
+          std::memcpy(packed.word, gradient + v * kPer + e, 16);
+          if (first + e < dim) *reinterpret_cast<Vector*>(out + first + e) = packed;
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < kPer; ++e) {
+          if (first + e < dim) out[first + e] = gradient[v * kPer + e];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run_example(int64_t example) {
+    const auto n_targets = static_cast<uint32_t>(p.n_targets);
+    const auto n_columns = static_cast<uint32_t>(p.n_targets + p.n_negatives);
+    const Real shift = shift_of<Stored, Real>(p, example);
+    Census census = census_from<Real>(p, example, kWarp, lane);
+    loss = Real(0);
+    for (uint32_t tile = 0; tile * kWarp < n_columns; ++tile) {
+      const uint32_t column = tile * kWarp + lane;
+      const Candidate<Real> mine = candidate<Stored, Real>(p, seed, example, column, shift);
+      if (tile == 0) {
+        const bool present = column < n_targets && mine.state != ColumnState::kAbsent;
+        census.positives += __popc(__ballot_sync(kAllLanes, present));
+        census.bad |= __any_sync(kAllLanes, mine.state == ColumnState::kBad) != 0;
+        if (census.positives == 0 || census.bad) return skip(example, census.positives > 0);
+        load_hidden(example);
+      }
+      const uint32_t live = __ballot_sync(kAllLanes, mine.state == ColumnState::kLive);
+      if (p.ids && warp == 0 && column < n_columns) {
+        const int64_t pair = example * (p.n_targets + p.n_negatives) + column;
+        p.ids[pair] = mine.id;
+        if (mine.state != ColumnState::kLive) static_cast<Real*>(p.dlogit)[pair] = Real(0);
+      }
+      const Real positive_label = p.uniform_labels ? Real(1) / static_cast<Real>(census.positives) : Real(1);
+      const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(census.positives + p.n_negatives) : Real(1);
+      const uint32_t left = n_columns - tile * kWarp;
+      const int count = left < kWarp ? static_cast<int>(left) : kWarp;
+      for (int first = 0; first < count; first += kBatch) {
+        batch(example, tile, first, live, mine, positive_label, scale);
+      }
+    }
+    if (n_columns == 0) return skip(example, false);
+    loss = warp_sum(loss);
+    if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = loss;
+    if (p.grad_hidden && kHold) store_gradient(example);
+  }
+};
+
+// Bytes of shared memory that a block of n_warps needs.
+template <class Stored, class Shape>
+constexpr size_t sampled_loss_shared_bytes(int n_warps) {
+  if (!Shape::kSplit) return 0;
+  const size_t staged = Shape::kHold ? size_t{kWarp} * Shape::kVectors * kPerVector<Stored> * n_warps : 0;
+  return (2 * kWarp * Shape::kRows + staged) * sizeof(Compute<Stored>);
+}
+
+template <class Stored, class Shape, Access kAccess, bool kUpdate>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+    sampled_loss_kernel(const __grid_constant__ SampledLoss p, const __grid_constant__ InPlaceUpdate update) {
+  SampledLossWarp<Stored, Shape, kAccess, kUpdate> work{p, update};
+  const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp;
+  const int64_t first = blockIdx.x * per_block + (Shape::kSplit ? 0 : warp_of_block());
+  for (int64_t example = first; example < p.batch; example += gridDim.x * per_block) work.run_example(example);
+}
+
+}  // namespace nce::cuda

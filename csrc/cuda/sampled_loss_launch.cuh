@@ -1,0 +1,44 @@
+// Picks and launches the kernel of the fused forward pass for one storage type; a translation unit for each.
+#pragma once
+
+#include "launch.cuh"
+#include "sampled_loss.cuh"
+
+namespace nce::cuda {
+
+template <class Stored, class Shape, Access kAccess, bool kUpdate>
+void launch_sampled_loss(const SampledLoss& p, const InPlaceUpdate& update, int n_warps, const OnDevice& device) {
+  const auto kernel = sampled_loss_kernel<Stored, Shape, kAccess, kUpdate>;
+  const size_t shared_bytes = sampled_loss_shared_bytes<Stored, Shape>(n_warps);
+  allow_shared_bytes(kernel, shared_bytes);
+  const int64_t per_block = Shape::kSplit ? 1 : n_warps;
+  // A kernel whose rows are split runs with blocks of several sizes.
+  static Occupancy occupancy[Shape::kThreads / kWarp + 1];
+  launch_persistent(kernel, (p.batch + per_block - 1) / per_block, n_warps * kWarp, shared_bytes, device,
+                    occupancy[n_warps], p, update);
+}
+
+template <class Stored, bool kUpdate>
+void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const OnDevice& device) {
+  const int64_t size = sizeof(Stored);
+  const Access access = access_of(p.weight, p.weight_stride * size, p.dim * size);
+  with_row_shape<Stored>(p.dim, [&](auto shape, int n_warps) {
+    using Shape = decltype(shape);
+    if constexpr (sizeof(Stored) < 8) {
+      if (access == Access::kElements) {
+        return launch_sampled_loss<Stored, Shape, Access::kElements, kUpdate>(p, update, n_warps, device);
+      }
+    }
+    if (access == Access::kBytes16) {
+      return launch_sampled_loss<Stored, Shape, Access::kBytes16, kUpdate>(p, update, n_warps, device);
+    }
+    return launch_sampled_loss<Stored, Shape, Access::kBytes8, kUpdate>(p, update, n_warps, device);
+  });
+}
+
+void sampled_loss_float(const SampledLoss& p, const OnDevice& device);
+void sampled_loss_bfloat16(const SampledLoss& p, const OnDevice& device);
+void sampled_loss_half(const SampledLoss& p, const OnDevice& device);
+void sampled_loss_double(const SampledLoss& p, const OnDevice& device);
+
+}  // namespace nce::cuda
