@@ -8,7 +8,7 @@ CXX ?= g++
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layouts.py tests/test_gradients.py
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
-CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help build demo test test-simd bench lint format sanitize wheel audit cuda-check clean
 
@@ -97,6 +97,12 @@ cuda-check: $(CUDA_VENV)/.cuda  ## build the CUDA kernels and check them, in .ve
 	$(CUDA_VENV)/bin/pip install --quiet --no-deps --force-reinstall build/cuda/dist/*.whl
 	$(CUDA_VENV)/bin/python .ci/check-cuda
 	$(CUDA_VENV)/bin/torch-abi-audit --check both build/cuda/lib*/nce_ext/_C_cuda.abi3.so
+
+gpu-check:  ## on a machine with a GPU: build for it, run all tests on it, then compute-sanitizer; uses PYTHON as it is
+	PYTHON=$(PYTHON) .ci/gpu-check
+
+gpu-bench:  ## on a machine with a GPU: its ceilings, then every CUDA benchmark against them and against PyTorch
+	$(PYTHON) -m bench.cuda $(BENCH_ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist demo *.egg-info nce_ext/*.so

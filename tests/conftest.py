@@ -11,6 +11,8 @@ import torch
 with warnings.catch_warnings():
     # Without the compiled kernels the first import says so; the tests of the reference run all the same.
     warnings.simplefilter("ignore", RuntimeWarning)
+    import on_cuda
+
     from nce_ext import _library, functional
 
 
@@ -29,11 +31,34 @@ def native() -> None:
     require_native()
 
 
-@pytest.fixture(params=["reference", "fused"])
-def backend(request: pytest.FixtureRequest) -> str:
+# Files whose tests of the fused backend run on a GPU as well.
+ON_CUDA = ("gradients", "hogwild", "layouts", "losses", "presets", "property", "sampled_loss", "tensorflow")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        backends = ["reference", "fused"]
+        if metafunc.module.__name__.removeprefix("test_") in ON_CUDA and (on_cuda.available() or on_cuda.MUST_RUN):
+            backends.append("cuda")
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a test passes as ``backend``; for "cuda" the fused kernels, and the losses move everything to the GPU."""
+    if request.param == "cuda":
+        on_cuda.require()
+        on_cuda.patch(monkeypatch)
+        return "fused"
     if request.param == "fused":
         require_native()
     return request.param
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    on_cuda.require()
+    return on_cuda.DEVICE
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def nce(
             value.log_z[i] -= dz
             size.log_z[i] += dz_size
     # A sum of n terms may be off by n eps of the sum of their magnitudes, and is where they are equal; in units of
-    # tolerances.py, whose atol is 32 eps.
+    # rounding.py, whose atol is 32 eps.
     drift, across = 1 + terms / 32, 1 + candidates / 32
     size = size._replace(
         hidden=size.hidden * across[:, None], weight=size.weight * drift[:, None], bias=size.bias * drift
