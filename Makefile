@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layout
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test test-simd bench lint format sanitize wheel audit cuda-check clean
+.PHONY: help build demo test test-simd bench lint format sanitize wheel audit cuda-check gpu-check gpu-bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -44,8 +44,8 @@ def main() -> None:
     # One class in all pairs: its segment crosses many tiles.
     hidden = torch.randn(600, 40, device=device, requires_grad=True)
     weight = torch.randn(1, 40, device=device, requires_grad=True)
-    functional.nce_loss(hidden, weight, torch.zeros(600, dtype=torch.int64, device=device), noises.Uniform(1).to(device),
-                        20, sparse=True).backward()  # fmt: skip
+    target = torch.zeros(600, dtype=torch.int64, device=device)
+    functional.nce_loss(hidden, weight, target, noises.Uniform(1).to(device), 20, sparse=True).backward()
     noises.Uniform(V).to(device).sample((3, 5))
     torch.cuda.synchronize()
     print("toured", nce_ext.__version__)
