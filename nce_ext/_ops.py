@@ -53,14 +53,30 @@ def keep_coalesced(parameter: Tensor | None) -> None:
 
 _watched = WeakTensorKeyDictionary()
 
+# Classes of the last few coalesced gradients that were made here, by address: autograd keeps the tensor of classes when
+# it stores the first gradient of a leaf. Held, so that nothing else can have come to lie at that address.
+_made: dict[int, Tensor] = {}
+_MADE_AT_MOST = 4
+
+
+def _remember(classes: Tensor) -> None:
+    while len(_made) >= _MADE_AT_MOST:
+        del _made[next(iter(_made))]
+    _made[classes.data_ptr()] = classes
+
 
 def _flag_coalesced(parameter: Tensor) -> None:
-    """Classes that strictly ascend are coalesced, whoever made them; on CUDA the answer would have to be waited for."""
+    """A gradient that was made here, or whose classes strictly ascend; on CUDA one would have to wait to see that."""
     grad = parameter.grad
-    if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.device.type != "cpu":
+    if grad is None or not grad.is_sparse or grad.is_coalesced():
         return
     classes = grad._indices()[0]
-    if bool((classes[1:] > classes[:-1]).all()):
+    made = _made.get(classes.data_ptr())
+    if made is not None:
+        coalesced = made.shape == classes.shape and made.device == classes.device
+    else:
+        coalesced = classes.device.type == "cpu" and bool((classes[1:] > classes[:-1]).all())
+    if coalesced:
         grad._coalesced_(True)
 
 
@@ -159,6 +175,8 @@ def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
         else:
             padded = ctx.gradient_layout == PADDED or _capturing(ids.device)
             classes, rows, elements = torch.ops.nce_ext.row_grad(*arguments, padded)
+            if not padded and not torch.compiler.is_compiling():
+                _remember(classes)
             if needs_weight:
                 inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), not padded)
             if needs_bias:

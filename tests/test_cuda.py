@@ -99,6 +99,8 @@ def test_cuda_is_the_whole_change(sparse, cuda):
         ours, theirs = getattr(on_gpu, name).grad, getattr(on_cpu, name).grad
         torch.testing.assert_close(ours.to_dense().cpu(), theirs.to_dense(), rtol=1e-4, atol=1e-6)
     if sparse is True:
+        assert on_gpu.weight.grad.is_coalesced()
+        assert on_gpu.bias.grad.is_coalesced()
         assert on_gpu.weight.grad._nnz() == on_cpu.weight.grad._nnz()
 
 
