@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layout
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test test-simd bench lint format sanitize wheel audit cuda-check gpu-check gpu-bench clean
+.PHONY: help build demo test test-simd bench lint format sanitize emulate emulate-sanitized wheel audit cuda-check machine-code gpu-check gpu-bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +40,7 @@ build: $(VENV)/.build  ## compile the operators and install the package, editabl
 demo: $(VENV)/.build $(VENV)/.corpus  ## train word vectors on real text, NCE against the full softmax; writes demo/
 	$(BIN)/python examples/word2vec.py --output demo
 
-test: $(VENV)/.build $(VENV)/.test $(VENV)/.corpus  ## run the test suite
+test: $(VENV)/.build $(VENV)/.test $(VENV)/.corpus build/emulator/emulated_kernels.so  ## run the test suite
 	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.build $(VENV)/.bench  ## measure against eager PyTorch and the full softmax; JSON and a table of ratios
@@ -64,6 +64,40 @@ build/sanitized-tests: tests/cpp/test_kernels.cpp $(CPP)
 
 sanitize: build/sanitized-tests  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/sanitized-tests
+
+EMULATED := kernels sampled_loss scatter row_grad
+EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)
+EMULATED_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
+	-Wno-missing-field-initializers -I csrc/cuda -I tests/emulator
+SANITIZED := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+build/emulator/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.test
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) -O2 $$($(BIN)/python -m pybind11 --includes) -c $< -o $@
+
+build/emulator-sanitized/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.test
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATED_FLAGS) $(SANITIZED) $$($(BIN)/python -m pybind11 --includes) -c $< -o $@
+
+build/emulator/emulated_kernels.so: $(EMULATED:%=build/emulator/%.o)
+	$(CXX) -shared $^ -o $@
+
+build/emulator-sanitized/emulated_kernels.so: $(EMULATED:%=build/emulator-sanitized/%.o)
+	$(CXX) -shared $(SANITIZED) $^ -o $@
+
+build/test-emulator: tests/emulator/test_emulator.cpp $(wildcard tests/emulator/*.h)
+	@mkdir -p build
+	$(CXX) -std=c++20 -Wall -Wextra $(SANITIZED) $< -o $@
+
+emulate: build/emulator/emulated_kernels.so  ## run the CUDA kernels on the host, thread by thread, against the oracle
+	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q --confcutdir=tests/emulator tests/emulator
+
+# ASan must come first, and libstdc++ with it, or it cannot see exceptions of a module that is loaded later.
+emulate-sanitized: build/test-emulator build/emulator-sanitized/emulated_kernels.so  ## the same under both sanitizers
+	./build/test-emulator
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 NCE_EXT_EMULATOR=build/emulator-sanitized NCE_EXT_TEST_REQUIRE_NATIVE=1 \
+		$(BIN)/python -m pytest -q --confcutdir=tests/emulator --capture=sys tests/emulator
 
 test-simd: $(VENV)/.build $(VENV)/.test  ## run the kernel tests on the instruction sets that are not the default here
 	for level in generic avx2; do \
@@ -97,6 +131,9 @@ cuda-check: $(CUDA_VENV)/.cuda  ## build the CUDA kernels and check them, in .ve
 	$(CUDA_VENV)/bin/pip install --quiet --no-deps --force-reinstall build/cuda/dist/*.whl
 	$(CUDA_VENV)/bin/python .ci/check-cuda
 	$(CUDA_VENV)/bin/torch-abi-audit --check both build/cuda/lib*/nce_ext/_C_cuda.abi3.so
+
+machine-code: cuda-check  ## compare the machine code of the CUDA kernels with .ci/machine_code/table.txt; no GPU
+	$(CUDA_VENV)/bin/python .ci/machine_code --binary build/cuda/lib*/nce_ext/_C_cuda.abi3.so $(MACHINE_CODE_ARGS)
 
 gpu-check:  ## on a machine with a GPU: build for it, run all tests on it, then compute-sanitizer; uses PYTHON as it is
 	PYTHON=$(PYTHON) .ci/gpu-check

@@ -65,7 +65,7 @@ inline SampledLossCall prepare_sampled_loss(const Tensor& hidden, const Tensor& 
   STD_TORCH_CHECK(num_negatives >= 0, "num_negatives must be >= 0, got ", num_negatives);
   p.n_negatives = num_negatives;
   const int64_t columns = p.n_targets + p.n_negatives;
-  STD_TORCH_CHECK(columns < (int64_t{1} << 32) && p.batch < (int64_t{1} << 32) &&
+  STD_TORCH_CHECK(columns < (int64_t{1} << 31) && p.batch < (int64_t{1} << 32) &&
                       static_cast<double>(p.batch) * static_cast<double>(columns) < 0x1p32,
                   "hidden must have fewer than 2^32 / (k + T) rows, got ", p.batch);
   if (log_z) {

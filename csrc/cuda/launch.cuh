@@ -20,7 +20,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // While it lives, the tensor's device is the current one; its stream is that on which torch runs now.
 class OnDevice {
  public:
-  explicit OnDevice(const torch::stable::Tensor& t) : index_(t.get_device()), guard_(index_) {
+  explicit OnDevice(const torch::stable::Tensor& t) : index_(device_of(t)), guard_(index_) {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
                     "torch has no current stream for CUDA device ", index_);
@@ -30,6 +30,11 @@ class OnDevice {
   cudaStream_t stream() const { return stream_; }
 
  private:
+  static int32_t device_of(const torch::stable::Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), "all tensors must be on the same CUDA device, got one on the CPU");
+    return t.get_device();
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;

@@ -71,6 +71,9 @@ __device__ __forceinline__ void narrow(double value, double* out) { *out = value
 __device__ __forceinline__ void narrow(float value, BFloat16* out) { out->bits = float_to_bfloat16(value); }
 __device__ __forceinline__ void narrow(float value, Half* out) { out->bits = float_to_half(value); }
 
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
 // The elements of a vector.
 template <class Stored>
 struct Unpacked {

@@ -25,14 +25,6 @@ T* data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Bits of a class that the sort must look at: those of 0 .. V - 1 and of the id -1, all of whose bits are set, so that
-// cut to as many bits as V itself has it is larger than any class.
-int sorted_bits(int64_t n_classes) {
-  int bits = 0;
-  while (n_classes >> bits) ++bits;
-  return bits;
-}
-
 struct Work {
   RowGradCall call;
   RowGradTiles p{};

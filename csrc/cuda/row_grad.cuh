@@ -56,14 +56,13 @@ template <class Stored, class Hidden, Access kAccess>
 struct SegmentSums {
   using Real = Compute<Stored>;
   static constexpr int kPer = kPerVector<Hidden>;
-  static constexpr int kRows = 8;  // hidden vectors in flight
+  static constexpr int kRows = 4;  // hidden vectors in flight
 
   const RowGradTiles& p;
   const int64_t tile;
   const int slice;
   const int lane = threadIdx.x % kWarp;
   const int dim = static_cast<int>(p.dim), element = (slice * kWarp + lane) * kPer;
-  const bool wide = dim % kPer == 0 && reinterpret_cast<uintptr_t>(p.rows) % 16 == 0;
 
   Real sums[kPer], bias;
 
@@ -73,27 +72,35 @@ struct SegmentSums {
     bias = Real(0);
   }
 
-  __device__ __forceinline__ void write(int64_t row, uint32_t segment_class) const {
-    if (p.rows && element < dim) {
-      Stored narrowed[kPer];
+  // This lane's elements of a row of p.rows or p.partial_rows. Where hidden is read by 16 bytes, D is a multiple of
+  // kPer, and every lane has all of its elements or none.
+  template <class Out>
+  __device__ __forceinline__ void store(Out* row) const {
+    constexpr int kBytes = kPer * static_cast<int>(sizeof(Out));
+    Out narrowed[kPer];
 #pragma unroll
-      for (int e = 0; e < kPer; ++e) narrow(sums[e], narrowed + e);
-      Stored* out = static_cast<Stored*>(p.rows) + row * p.dim + element;
-      constexpr int kBytes = kPer * static_cast<int>(sizeof(Stored));
-      if (wide && kBytes % 16 == 0) {
+    for (int e = 0; e < kPer; ++e) narrow(sums[e], narrowed + e);
+    if constexpr (kAccess != Access::kBytes16) {
 #pragma unroll
-        for (int i = 0; i < kBytes / 16; ++i) {
-          Vector part;
-          std::memcpy(part.word, narrowed + i * kPerVector<Stored>, 16);
-          reinterpret_cast<Vector*>(out)[i] = part;
-        }
-      } else {
+      for (int e = 0; e < kPer; ++e) {
+        if (element + e < dim) row[element + e] = narrowed[e];
+      }
+    } else if constexpr (kBytes == 8) {
+      uint2 words;
+      std::memcpy(&words, narrowed, 8);
+      if (element < dim) *reinterpret_cast<uint2*>(row + element) = words;
+    } else {
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          if (element + e < dim) out[e] = narrowed[e];
-        }
+      for (int i = 0; i < kBytes / 16; ++i) {
+        Vector words;
+        std::memcpy(words.word, narrowed + i * kPerVector<Out>, 16);
+        if (element < dim) reinterpret_cast<Vector*>(row + element)[i] = words;
       }
     }
+  }
+
+  __device__ __forceinline__ void write(int64_t row, uint32_t segment_class) const {
+    if (p.rows) store(static_cast<Stored*>(p.rows) + row * p.dim);
     if (slice > 0 || lane > 0) return;
     if (p.bias) narrow(bias, static_cast<Stored*>(p.bias) + row);
     if (p.segment_class) p.segment_class[row] = segment_class;
@@ -101,13 +108,7 @@ struct SegmentSums {
 
   __device__ __forceinline__ void write_partial(bool leaves) const {
     const int64_t at = 2 * tile + (leaves ? 1 : 0);
-    if (p.rows) {
-      Real* out = static_cast<Real*>(p.partial_rows) + at * p.dim;
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) {
-        if (element + e < dim) out[element + e] = sums[e];
-      }
-    }
+    if (p.rows) store(static_cast<Real*>(p.partial_rows) + at * p.dim);
     if (slice == 0 && lane == 0) static_cast<Real*>(p.partial_bias)[at] = bias;
   }
 
@@ -149,7 +150,7 @@ struct SegmentSums {
           const uint32_t segment_class = __shfl_sync(kAllLanes, own, j + r);
           const auto part = unpack<Hidden>(x[r]);
 #pragma unroll
-          for (int e = 0; e < kPer; ++e) sums[e] = fma(c, static_cast<Real>(part.element[e]), sums[e]);
+          for (int e = 0; e < kPer; ++e) sums[e] = multiply_add(c, static_cast<Real>(part.element[e]), sums[e]);
           bias += c;
           if (j + r < count && ((ends >> (j + r)) & 1u)) {
             if (entered) {

@@ -38,9 +38,7 @@ struct SampledLossWarp {
   const int lane = threadIdx.x % kWarp, group = lane / kGroup, in_group = lane % kGroup;
   const int warp = kSplit ? warp_of_block() : 0, n_warps = kSplit ? blockDim.x / kWarp : 1;
   const int dim = static_cast<int>(p.dim), row_bytes = dim * static_cast<int>(sizeof(Stored));
-  const Seed seed = read_seed(p.seed, p.seed_stride);
   const int n_vectors = kHold ? kVectors : (dim + n_warps * kWarp * kPer - 1) / (n_warps * kWarp * kPer);
-  const bool wide_hidden = wide_rows(p.hidden, p.hidden_stride, p.dim, p.hidden_storage, kPer);
 
   Real hidden[kStaged || !kHold ? 1 : kVectors * kPer];
   Real gradient[kHold ? kVectors * kPer : 1];
@@ -49,6 +47,9 @@ struct SampledLossWarp {
 
   // First element of this lane's vector v. Warps take turns, so that all have work however long a row is.
   __device__ __forceinline__ int element_of(int v) const { return ((v * n_warps + warp) * kGroup + in_group) * kPer; }
+  __device__ __forceinline__ bool wide_hidden() const {
+    return wide_rows(p.hidden, p.hidden_stride, p.dim, p.hidden_storage, kPer);
+  }
   __device__ __forceinline__ Real* partial_dots() const { return shared_memory<Real>(); }
   __device__ __forceinline__ Real* staged_hidden() const { return shared_memory<Real>() + 2 * kWarp * kRows; }
 
@@ -62,16 +63,18 @@ struct SampledLossWarp {
       return;
     }
     const int64_t offset = example * p.hidden_stride;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int first = element_of(v);
-      if constexpr (kStaged) {
+    if constexpr (kStaged) {
+#pragma unroll 1
+      for (int v = 0; v < kVectors; ++v) {
         Real part[kPer];
-        load_elements<kPer>(p.hidden, offset, p.hidden_storage, first, dim, wide_hidden, part);
+        load_elements<kPer>(p.hidden, offset, p.hidden_storage, element_of(v), dim, wide_hidden(), part);
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) staged_hidden()[first + e] = part[e];  // read back by this lane alone
-      } else if constexpr (kHold) {
-        load_elements<kPer>(p.hidden, offset, p.hidden_storage, first, dim, wide_hidden, hidden + v * kPer);
+        for (int e = 0; e < kPer; ++e) staged_hidden()[element_of(v) + e] = part[e];  // read back by this lane alone
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        load_elements<kPer>(p.hidden, offset, p.hidden_storage, element_of(v), dim, wide_hidden(), hidden + v * kPer);
       }
     }
 #pragma unroll
@@ -90,7 +93,8 @@ struct SampledLossWarp {
 #pragma unroll
       for (int e = 0; e < kPer; ++e) out[e] = hidden[v * kPer + e];
     } else {
-      load_elements<kPer>(p.hidden, example * p.hidden_stride, p.hidden_storage, element_of(v), dim, wide_hidden, out);
+      load_elements<kPer>(p.hidden, example * p.hidden_stride, p.hidden_storage, element_of(v), dim, wide_hidden(),
+                          out);
     }
   }
 
@@ -141,7 +145,7 @@ struct SampledLossWarp {
       for (int r = 0; r < kRows; ++r) {
         const auto w = unpack<Stored>(kHold ? row[r][kHold ? v : 0] : load_row(address[r], v, present[r]));
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) dot[r] = fma(x[e], w.element[e], dot[r]);
+        for (int e = 0; e < kPer; ++e) dot[r] = multiply_add(x[e], w.element[e], dot[r]);
       }
     }
     Real z = sums_scattered<kGroup, kRows>(dot, in_group);
@@ -168,22 +172,28 @@ struct SampledLossWarp {
       }
     }
 
+    if (p.grad_hidden) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
-      if (p.grad_hidden && kHold) {
+      for (int r = 0; r < kRows; ++r) {
+        const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
+        if constexpr (kHold) {
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          const auto w = unpack<Stored>(row[r][kHold ? v : 0]);
+          for (int v = 0; v < kVectors; ++v) {
+            const auto w = unpack<Stored>(row[r][v]);
 #pragma unroll
-          for (int e = 0; e < kPer; ++e) {
-            gradient[v * kPer + e] = fma(d, w.element[e], gradient[v * kPer + e]);
+            for (int e = 0; e < kPer; ++e) {
+              gradient[v * kPer + e] = multiply_add(d, w.element[e], gradient[v * kPer + e]);
+            }
           }
+        } else if (present[r]) {
+          add_in_memory(example, address[r], d);
         }
-      } else if (p.grad_hidden && present[r]) {
-        add_in_memory(example, address[r], d);
       }
-      if constexpr (kUpdate) {
+    }
+    if constexpr (kUpdate) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
         if (present[r]) update_row(example, address[r], -update.step * d);
       }
     }
@@ -196,7 +206,7 @@ struct SampledLossWarp {
       for (int e = 0; e < kPer; ++e) {
         if (element_of(v) + e >= dim) continue;
         Real* sum = gradient_in_memory(example, element_of(v) + e);  // this lane's alone
-        *sum = fma(d, w.element[e], *sum);
+        *sum = multiply_add(d, w.element[e], *sum);
       }
     }
   }
@@ -275,6 +285,8 @@ struct SampledLossWarp {
     loss = Real(0);
     for (uint32_t tile = 0; tile * kWarp < n_columns; ++tile) {
       const uint32_t column = tile * kWarp + lane;
+      // Read again for every tile: kept, it would take registers from the rows.
+      const Seed seed = read_seed(p.seed, p.seed_stride);
       const Candidate<Real> mine = candidate<Stored, Real>(p, seed, example, column, shift);
       if (tile == 0) {
         const bool present = column < n_targets && mine.state != ColumnState::kAbsent;
@@ -293,6 +305,7 @@ struct SampledLossWarp {
       const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(census.positives + p.n_negatives) : Real(1);
       const uint32_t left = n_columns - tile * kWarp;
       const int count = left < kWarp ? static_cast<int>(left) : kWarp;
+#pragma unroll 1
       for (int first = 0; first < count; first += kBatch) {
         batch(example, tile, first, live, mine, positive_label, scale);
       }
@@ -313,7 +326,7 @@ constexpr size_t sampled_loss_shared_bytes(int n_warps) {
 }
 
 template <class Stored, class Shape, Access kAccess, bool kUpdate>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(Shape::kThreads, blocks_for<Shape, kAccess, kUpdate>())
     sampled_loss_kernel(const __grid_constant__ SampledLoss p, const __grid_constant__ InPlaceUpdate update) {
   SampledLossWarp<Stored, Shape, kAccess, kUpdate> work{p, update};
   const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp;

@@ -5,6 +5,14 @@
 
 namespace nce::cuda {
 
+// Bits of a class that the sort must look at: those of 0 .. V - 1 and of the id -1, all of whose bits are set, so that
+// cut to as many bits as V itself has it is larger than any class.
+inline int sorted_bits(int64_t n_classes) {
+  int bits = 0;
+  while (n_classes >> bits) ++bits;
+  return bits;
+}
+
 __device__ __forceinline__ bool begins_segment(const RowGradTiles& p, int64_t i) {
   const uint32_t own = p.classes[i];
   return own != kNoClass && (i == 0 || p.classes[i - 1] != own);

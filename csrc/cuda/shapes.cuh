@@ -22,6 +22,14 @@ struct RowShape {
   static constexpr int kVectorsPerWarp = kVectors * kGroup;
 };
 
+// Reading by less than 16 bytes takes more registers, and so does updating many rows at once.
+template <class Shape, Access kAccess, bool kUpdate>
+constexpr int blocks_for() {
+  const bool many = kAccess == Access::kElements || (kUpdate && Shape::kRows == 8);
+  const int fewer = many ? 2 : kAccess == Access::kBytes8 ? 1 : 0;
+  return Shape::kBlocks > fewer ? Shape::kBlocks - fewer : 1;
+}
+
 // Calls f(shape, warps of a block) with the shape for rows of `dim` elements, 1 .. kMaxDim.
 template <class Stored, class F>
 auto with_row_shape(int64_t dim, F&& f) {
@@ -33,7 +41,7 @@ auto with_row_shape(int64_t dim, F&& f) {
   constexpr int kWarps = 4;
   if constexpr (sizeof(Stored) == 8) {
     if (vectors <= 64) return f(RowShape<2, 32, 4, 4>{}, kWarps);
-    if (vectors <= 2048) return split(RowShape<4, 32, 1, 1, true>{});
+    if (vectors <= 1024) return split(RowShape<2, 32, 2, 1, true>{});
     return f(RowShape<1, 32, 2, 1, true, false>{}, 16);
   } else if constexpr (sizeof(Stored) == 4) {
     if (vectors <= 8) return f(RowShape<1, 8, 8, 6>{}, kWarps);

@@ -1,0 +1,341 @@
+// The Python module emulated_kernels: the CUDA kernels on numpy arrays, run by the emulator of the grid.
+//
+// Arrays are read where they lie, and outputs and scratch have exactly the size that a kernel may touch, so that
+// AddressSanitizer sees every access out of bounds. Both are poisoned: outputs by 0x7F, which is neither an id nor NaN,
+// since -1 and NaN are results; scratch by 0xFF, which is NaN.
+#include "kernels.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "sample.cuh"
+
+namespace py = pybind11;
+
+namespace emulated {
+namespace {
+
+using nce::AliasEntry;
+using nce::Noise;
+using nce::NoiseKind;
+using Array = std::optional<py::array>;
+using Shape = std::vector<py::ssize_t>;
+
+void check(bool valid, const std::string& what) {
+  if (!valid) throw std::invalid_argument(what);
+}
+
+// bfloat16 is held as uint16, which numpy has.
+Storage storage_of(const std::string& name, const py::dtype& type) {
+  if (type.is(py::dtype::of<float>())) return Storage::kFloat;
+  if (type.is(py::dtype::of<double>())) return Storage::kDouble;
+  if (type.is(py::dtype::of<uint16_t>())) return Storage::kBFloat16;
+  check(type.char_() == 'e', name + " must be float32, float64, float16 or uint16");
+  return Storage::kHalf;
+}
+
+py::dtype dtype_of(Storage storage) {
+  switch (storage) {
+    case Storage::kFloat:
+      return py::dtype::of<float>();
+    case Storage::kDouble:
+      return py::dtype::of<double>();
+    case Storage::kBFloat16:
+      return py::dtype::of<uint16_t>();
+    default:
+      return py::dtype("e");
+  }
+}
+
+Storage compute_of(Storage storage) { return storage == Storage::kDouble ? storage : Storage::kFloat; }
+
+// Distance in elements between what the first index tells apart.
+int64_t stride_of(const std::string& name, const py::array& a) {
+  check(a.strides(0) % a.itemsize() == 0, name + " must lie a whole number of elements apart");
+  return a.strides(0) / a.itemsize();
+}
+
+void check_rows(const std::string& name, const py::array& a, int64_t dim) {
+  check(a.ndim() == 2 && a.shape(1) == dim, name + " must have two dimensions, the last of D");
+  check(dim <= 1 || a.size() == 0 || a.strides(1) == a.itemsize(), name + " must have rows of adjacent elements");
+}
+
+const void* contiguous(const std::string& name, const py::array& a, const py::dtype& type, const Shape& shape) {
+  check(a.dtype().is(type), name + " has the wrong dtype");
+  check(Shape(a.shape(), a.shape() + a.ndim()) == shape, name + " has the wrong shape");
+  check((a.flags() & py::array::c_style) != 0, name + " must be contiguous");
+  return a.data();
+}
+
+template <class T>
+const T* contiguous(const std::string& name, const py::array& a, const Shape& shape) {
+  return static_cast<const T*>(contiguous(name, a, py::dtype::of<T>(), shape));
+}
+
+py::array poisoned(const py::dtype& type, const Shape& shape) {
+  py::array a(type, shape);
+  std::memset(a.mutable_data(), 0x7F, static_cast<size_t>(a.nbytes()));
+  return a;
+}
+
+// Scratch of exactly `bytes`, poisoned by NaN.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(static_cast<unsigned char*>(::operator new(bytes))) {
+    std::memset(memory_.get(), 0xFF, bytes);
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { ::operator delete(p); }
+  };
+  std::unique_ptr<unsigned char[], Free> memory_;
+};
+
+// As noise_of in csrc/check.h.
+Noise noise_of(int kind, int64_t n_classes, const Array& table) {
+  Noise noise{};
+  noise.kind = static_cast<NoiseKind>(kind);
+  noise.n_classes = n_classes;
+  noise.log2_range = std::log2(static_cast<double>(n_classes) + 1.0);
+  noise.log_log_range = std::log(std::log1p(static_cast<double>(n_classes)));
+  noise.log_q_uniform = static_cast<float>(-std::log(static_cast<double>(n_classes)));
+  if (noise.kind == NoiseKind::kAlias) {
+    check(table.has_value(), "table must be given");
+    noise.table = reinterpret_cast<const AliasEntry*>(contiguous<int32_t>("table", *table, {n_classes, 4}));
+  }
+  return noise;
+}
+
+const int64_t* seed_of(const py::array& seed, int64_t* stride) {
+  check(seed.dtype().is(py::dtype::of<int64_t>()) && seed.ndim() == 1 && seed.shape(0) == 2, "seed must be int64 [2]");
+  *stride = stride_of("seed", seed);
+  return static_cast<const int64_t*>(seed.data());
+}
+
+// (vectors, group, rows, whether a row is split among warps, whether it is held) of RowShape.
+py::tuple row_shape(const py::dtype& dtype, int64_t dim) {
+  py::tuple fields;
+  with_stored(storage_of("dtype", dtype), [&](auto stored) {
+    nce::cuda::with_row_shape<decltype(stored)>(dim, [&](auto shape, int) {
+      using S = decltype(shape);
+      fields = py::make_tuple(S::kVectors, S::kGroup, S::kRows, S::kSplit, S::kHold);
+    });
+  });
+  return fields;
+}
+
+py::array sample(int kind, int64_t n_classes, const Array& table, const py::array& seed, int64_t rows, int64_t columns,
+                 int64_t grid, int threads, uint64_t order) {
+  nce::cuda::Sample p{};
+  p.noise = noise_of(kind, n_classes, table);
+  p.seed = seed_of(seed, &p.seed_stride);
+  p.rows = rows;
+  p.columns = columns;
+  py::array ids = poisoned(py::dtype::of<int64_t>(), {rows, columns});
+  p.ids = static_cast<int64_t*>(ids.mutable_data());
+  emulator::seed(order);
+  const int64_t pairs = rows * ((columns + 1) / 2);
+  launch_persistent(nce::cuda::sample_kernel, (pairs + threads - 1) / threads, threads, 0, Launch{grid, 0, -1}, p);
+  return ids;
+}
+
+int64_t shared_stride(const py::array& a, int64_t batch, int64_t n) { return a.shape(0) == 1 && batch != 1 ? 0 : n; }
+
+// All of SampledLoss but its outputs. n_negatives counts when negatives are not given.
+SampledLoss arguments_of(const py::array& hidden, const py::array& weight, const Array& bias, const py::array& target,
+                         const Array& log_z, const Array& seed, int kind, const Array& table, int64_t n_negatives,
+                         const Array& negatives, const Array& target_log_q, const Array& negative_log_q) {
+  SampledLoss p{};
+  const Storage storage = storage_of("weight", weight.dtype());
+  const py::dtype compute = dtype_of(compute_of(storage));
+  p.hidden_storage = storage_of("hidden", hidden.dtype());
+  check(compute_of(p.hidden_storage) == compute_of(storage), "hidden and weight must both be float64 or neither");
+  check(weight.ndim() == 2, "weight must have two dimensions");
+  p.batch = hidden.shape(0);
+  p.dim = weight.shape(1);
+  p.n_classes = weight.shape(0);
+  check(p.dim >= 1 && p.dim <= nce::cuda::kMaxDim, "D is too large");
+  check_rows("hidden", hidden, p.dim);
+  check_rows("weight", weight, p.dim);
+  p.hidden = hidden.data();
+  p.hidden_stride = stride_of("hidden", hidden);
+  p.weight = weight.data();
+  p.weight_stride = stride_of("weight", weight);
+  if (bias) p.bias = contiguous("bias", *bias, weight.dtype(), {p.n_classes});
+  check(target.ndim() == 2, "target must have two dimensions");
+  p.n_targets = target.shape(1);
+  p.target = contiguous<int64_t>("target", target, {p.batch, p.n_targets});
+  if (log_z) {
+    check(log_z->dtype().is(compute) && log_z->ndim() == 1 && log_z->shape(0) == p.batch, "log_z must be [B]");
+    p.log_z = log_z->data();
+    p.log_z_stride = stride_of("log_z", *log_z);
+  }
+  p.noise = noise_of(kind, p.n_classes, table);
+  if (seed) p.seed = seed_of(*seed, &p.seed_stride);
+  check(seed || negatives, "seed or negatives must be given");
+  p.n_negatives = negatives ? negatives->shape(1) : n_negatives;
+  if (negatives) {
+    p.negatives = contiguous<int64_t>("negatives", *negatives, {negatives->shape(0), p.n_negatives});
+    check(negatives->shape(0) == p.batch || negatives->shape(0) == 1, "negatives must have B rows or 1");
+    p.negatives_stride = shared_stride(*negatives, p.batch, p.n_negatives);
+  }
+  if (target_log_q) {
+    p.target_log_q = contiguous("target_log_q", *target_log_q, compute, {p.batch, p.n_targets});
+  }
+  if (negative_log_q) {
+    check(negatives.has_value(), "negative_log_q must come with negatives");
+    const Shape shape{negative_log_q->shape(0), p.n_negatives};
+    p.negative_log_q = contiguous("negative_log_q", *negative_log_q, compute, shape);
+    check(shape[0] == p.batch || shape[0] == 1, "negative_log_q must have B rows or 1");
+    p.negative_log_q_stride = shared_stride(*negative_log_q, p.batch, p.n_negatives);
+  }
+  return p;
+}
+
+// With a `step` the kernel updates the table: of the arrays weight and bias, in place.
+py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array bias, const py::array& target,
+                                const Array& log_z, const Array& seed, int kind, const Array& table,
+                                int64_t n_negatives, const Array& negatives, const Array& target_log_q,
+                                const Array& negative_log_q, bool subtract_log_q, double offset, bool remove_hits,
+                                bool uniform_labels, bool mean_candidates, int64_t ignore_index, bool hidden_grad,
+                                bool row_grad, std::optional<float> step, int64_t grid, int warps, int access,
+                                uint64_t order) {
+  SampledLoss p = arguments_of(hidden, weight, bias, target, log_z, seed, kind, table, n_negatives, negatives,
+                               target_log_q, negative_log_q);
+  p.subtract_log_q = subtract_log_q;
+  p.offset = offset;
+  p.remove_hits = remove_hits;
+  p.uniform_labels = uniform_labels;
+  p.mean_candidates = mean_candidates;
+  p.ignore_index = ignore_index;
+
+  const Storage storage = storage_of("weight", weight.dtype());
+  const py::dtype compute = dtype_of(compute_of(storage));
+  const int64_t columns = p.n_targets + p.n_negatives;
+  py::dict outputs;
+  const auto output = [&](const char* name, const py::dtype& type, const Shape& shape) {
+    py::array a = poisoned(type, shape);
+    outputs[name] = a;
+    return a.mutable_data();
+  };
+  p.loss = output("loss", compute, {p.batch});
+  if (row_grad) {
+    p.ids = static_cast<int32_t*>(output("ids", py::dtype::of<int32_t>(), {p.batch, columns}));
+    p.dlogit = output("dlogit", compute, {p.batch, columns});
+  }
+  if (hidden_grad) p.grad_hidden = output("grad_hidden", compute, {p.batch, p.dim});
+
+  emulator::seed(order);
+  const Launch how{grid, warps, access};
+  if (step) {
+    check(storage == Storage::kFloat && !row_grad, "an update is of float32, and leaves no row gradient");
+    const InPlaceUpdate update{static_cast<float*>(weight.mutable_data()),
+                               bias ? static_cast<float*>(bias->mutable_data()) : nullptr, *step};
+    scatter(p, update, how);
+  } else {
+    sampled_loss(p, storage, how);
+  }
+  return outputs;
+}
+
+// layout: "exact" or "padded" for COO rows, "dense" for a row per class.
+py::dict row_grad(const py::array& ids, const py::array& dlogit, const py::array& grad_loss, const py::array& hidden,
+                  int64_t n_classes, const py::dtype& dtype, const std::string& layout, bool with_rows, bool with_bias,
+                  int64_t tile_pairs, int64_t grid, int warps, int access, uint64_t order) {
+  check(ids.ndim() == 2 && hidden.ndim() == 2, "ids and hidden must have two dimensions");
+  const int64_t batch = ids.shape(0), columns = ids.shape(1), n = batch * columns, dim = hidden.shape(1);
+  const Storage storage = storage_of("dtype", dtype), hidden_storage = storage_of("hidden", hidden.dtype());
+  const py::dtype compute = dtype_of(compute_of(hidden_storage));
+  const bool dense = layout == "dense";
+  const auto* unsorted = reinterpret_cast<const uint32_t*>(contiguous<int32_t>("ids", ids, {batch, columns}));
+  check(hidden.shape(0) == batch, "hidden must have B rows");
+  check_rows("hidden", hidden, dim);
+  check(grad_loss.dtype().is(compute) && grad_loss.ndim() == 1 && grad_loss.shape(0) == batch, "grad_loss must be [B]");
+  check(tile_pairs % kWarp == 0, "tile_pairs must be a multiple of a warp");
+
+  RowGradTiles p{};
+  p.dim = dim;
+  p.n_pairs = n;
+  p.tile_pairs = tile_pairs > 0 ? tile_pairs : nce::cuda::tile_pairs_for(n);
+  p.n_tiles = (n + p.tile_pairs - 1) / p.tile_pairs;
+  p.examples = nce::examples_of(static_cast<uint64_t>(columns));
+  p.dlogit = contiguous("dlogit", dlogit, compute, {batch, columns});
+  p.grad_loss = grad_loss.data();
+  p.grad_loss_stride = stride_of("grad_loss", grad_loss);
+  p.hidden = hidden.data();
+  p.hidden_stride = stride_of("hidden", hidden);
+  p.by_class = dense;
+  const size_t n_words = static_cast<size_t>(n) * sizeof(uint32_t), n_partial = 2 * static_cast<size_t>(p.n_tiles);
+  const Scratch numbers(n_words), classes(n_words), pairs(n_words);
+  const Scratch counts(dense ? 0 : (static_cast<size_t>(p.n_tiles) + 1) * sizeof(uint32_t));
+  const Scratch partial_rows(with_rows ? n_partial * dim * compute.itemsize() : 0);
+  const Scratch partial_bias(n_partial * compute.itemsize());
+  p.classes = classes.as<uint32_t>();
+  p.pairs = pairs.as<uint32_t>();
+  p.partial_rows = partial_rows.as<void>();
+  p.partial_bias = partial_bias.as<void>();
+
+  emulator::seed(order);
+  const Launch how{grid, warps, access};
+  int64_t n_rows = dense ? n_classes : layout == "padded" ? std::min(n, n_classes) : 0;
+  if (n > 0) {
+    number_pairs(numbers.as<uint32_t>(), n, how);
+    sort_pairs(unsorted, numbers.as<uint32_t>(), n, n_classes, classes.as<uint32_t>(), pairs.as<uint32_t>());
+    if (!dense) {
+      auto* before = counts.as<uint32_t>();
+      count_segments(p, before, how);
+      std::exclusive_scan(before, before + p.n_tiles + 1, before, uint32_t{0});
+      p.segments_before = before;
+      if (layout == "exact") n_rows = before[p.n_tiles];
+    }
+  }
+
+  py::dict outputs;
+  const auto output = [&](const char* name, const py::dtype& type, const Shape& shape) {
+    py::array a = poisoned(type, shape);
+    if (dense) std::memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
+    outputs[name] = a;
+    return a.mutable_data();
+  };
+  if (!dense) p.segment_class = static_cast<int64_t*>(output("classes", py::dtype::of<int64_t>(), {n_rows}));
+  if (with_rows) p.rows = output("rows", dtype, {n_rows, dim});
+  if (with_bias) p.bias = output("bias", dtype, {n_rows});
+  sum_segments(p, storage, hidden_storage, how);
+  if (layout == "padded") clear_spare_rows(p, storage, n_rows, how);
+  return outputs;
+}
+
+}  // namespace
+}  // namespace emulated
+
+PYBIND11_MODULE(emulated_kernels, m) {
+  using namespace emulated;
+  using py::arg;
+  const py::none none;
+  py::register_exception<emulator::Error>(m, "Error", PyExc_RuntimeError);
+  m.def("switches", &emulator::switches);
+  m.def("row_shape", &row_shape);
+  m.def("sample", &sample, arg("kind"), arg("n_classes"), arg("table"), arg("seed"), arg("rows"), arg("columns"),
+        py::kw_only(), arg("grid") = 0, arg("threads") = 256, arg("order") = 0);
+  m.def("sampled_loss", &sampled_loss_of_arrays, py::kw_only(), arg("hidden"), arg("weight"), arg("bias") = none,
+        arg("target"), arg("log_z") = none, arg("seed") = none, arg("kind") = 0, arg("table") = none,
+        arg("n_negatives") = 0, arg("negatives") = none, arg("target_log_q") = none, arg("negative_log_q") = none,
+        arg("subtract_log_q") = true, arg("offset") = 0.0, arg("remove_hits") = false, arg("uniform_labels") = false,
+        arg("mean_candidates") = false, arg("ignore_index") = -100, arg("hidden_grad") = true, arg("row_grad") = true,
+        arg("step") = none, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+  m.def("row_grad", &row_grad, arg("ids"), arg("dlogit"), arg("grad_loss"), arg("hidden"), arg("n_classes"),
+        arg("dtype"), arg("layout"), py::kw_only(), arg("with_rows") = true, arg("with_bias") = true,
+        arg("tile_pairs") = 0, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+}
