@@ -68,6 +68,7 @@ def test_nothing_waits_for_the_device(sparse, cuda):
     hidden = torch.randn(64, 64, device=cuda, requires_grad=True)
     target = torch.randint(5000, (64,), device=cuda)
     loss_fn(hidden, target).backward()
+    loss_fn.zero_grad()
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss_fn(hidden, target).backward()

@@ -1,6 +1,8 @@
 // Elements in memory and in registers: storage types, their conversions, and 16 bytes of a row at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "../sampled_loss.h"
 #include "simt.cuh"
 
@@ -115,6 +117,31 @@ inline Access access_of(const void* base, int64_t stride_bytes, int64_t row_byte
   const auto all =
       reinterpret_cast<uintptr_t>(base) | static_cast<uintptr_t>(stride_bytes) | static_cast<uintptr_t>(row_bytes);
   return all % 16 == 0 ? Access::kBytes16 : all % 8 == 0 ? Access::kBytes8 : Access::kElements;
+}
+
+// Calls f(access as a constant).
+template <class Stored, class F>
+void with_access(Access access, F&& f) {
+  if constexpr (sizeof(Stored) < 8) {
+    if (access == Access::kElements) return f(std::integral_constant<Access, Access::kElements>{});
+  }
+  if (access == Access::kBytes16) return f(std::integral_constant<Access, Access::kBytes16>{});
+  return f(std::integral_constant<Access, Access::kBytes8>{});  // as are single elements of 8 bytes
+}
+
+// Calls f(a value of the stored type).
+template <class F>
+void with_stored(Storage storage, F&& f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f(float{});
+    case Storage::kBFloat16:
+      return f(BFloat16{});
+    case Storage::kHalf:
+      return f(Half{});
+    case Storage::kDouble:
+      return f(double{});
+  }
 }
 
 // 16 bytes of a row from byte `at` on; zero beyond `row_bytes`, and all of it unless `wanted`. kChanging: other threads

@@ -4,20 +4,6 @@
 namespace nce::cuda {
 namespace {
 
-template <class F>
-void with_stored(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::kFloat:
-      return f(float{});
-    case Storage::kBFloat16:
-      return f(BFloat16{});
-    case Storage::kHalf:
-      return f(Half{});
-    case Storage::kDouble:
-      return f(double{});
-  }
-}
-
 template <class Stored, class Hidden, Access kAccess>
 void launch_sums(const RowGradTiles& p, const OnDevice& device) {
   constexpr int kThreads = 256;
@@ -39,12 +25,8 @@ void sums_of(const RowGradTiles& p, const OnDevice& device) {
     return;  // refused before
   } else {
     const int64_t size = sizeof(Hidden);
-    const Access access = access_of(p.hidden, p.hidden_stride * size, p.dim * size);
-    if constexpr (sizeof(Hidden) < 8) {
-      if (access == Access::kElements) return launch_sums<Stored, Hidden, Access::kElements>(p, device);
-    }
-    if (access == Access::kBytes16) return launch_sums<Stored, Hidden, Access::kBytes16>(p, device);
-    return launch_sums<Stored, Hidden, Access::kBytes8>(p, device);
+    with_access<Hidden>(access_of(p.hidden, p.hidden_stride * size, p.dim * size),
+                        [&](auto access) { launch_sums<Stored, Hidden, decltype(access)::value>(p, device); });
   }
 }
 

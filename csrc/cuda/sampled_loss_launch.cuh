@@ -21,18 +21,10 @@ void launch_sampled_loss(const SampledLoss& p, const InPlaceUpdate& update, int 
 template <class Stored, bool kUpdate>
 void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const OnDevice& device) {
   const int64_t size = sizeof(Stored);
-  const Access access = access_of(p.weight, p.weight_stride * size, p.dim * size);
   with_row_shape<Stored>(p.dim, [&](auto shape, int n_warps) {
-    using Shape = decltype(shape);
-    if constexpr (sizeof(Stored) < 8) {
-      if (access == Access::kElements) {
-        return launch_sampled_loss<Stored, Shape, Access::kElements, kUpdate>(p, update, n_warps, device);
-      }
-    }
-    if (access == Access::kBytes16) {
-      return launch_sampled_loss<Stored, Shape, Access::kBytes16, kUpdate>(p, update, n_warps, device);
-    }
-    return launch_sampled_loss<Stored, Shape, Access::kBytes8, kUpdate>(p, update, n_warps, device);
+    with_access<Stored>(access_of(p.weight, p.weight_stride * size, p.dim * size), [&](auto access) {
+      launch_sampled_loss<Stored, decltype(shape), decltype(access)::value, kUpdate>(p, update, n_warps, device);
+    });
   });
 }
 

@@ -17,6 +17,7 @@ using nce::cuda::Access;
 using nce::cuda::InPlaceUpdate;
 using nce::cuda::kWarp;
 using nce::cuda::RowGradTiles;
+using nce::cuda::with_stored;
 
 // How kernels are launched. Nothing of it may change a result.
 struct Launch {
@@ -35,32 +36,14 @@ void launch_persistent(void (*kernel)(Parameters...), int64_t blocks_of_work, in
                    arguments...);
 }
 
-// Calls f(Access as a constant) with what rows at `base` allow, or with the narrower one that is asked for.
+// Calls f(access as a constant) with what rows at `base` allow, or with the narrower one that is asked for.
 template <class Stored, class F>
 void with_access(const void* base, int64_t stride, int64_t dim, const Launch& how, F&& f) {
   const int64_t size = sizeof(Stored);
   const Access widest = nce::cuda::access_of(base, stride * size, dim * size);
   const Access access = how.access < 0 ? widest : static_cast<Access>(how.access);
   if (static_cast<int>(access) > static_cast<int>(widest)) throw std::invalid_argument("rows forbid this access");
-  if constexpr (sizeof(Stored) < 8) {
-    if (access == Access::kElements) return f(std::integral_constant<Access, Access::kElements>{});
-  }
-  if (access == Access::kBytes16) return f(std::integral_constant<Access, Access::kBytes16>{});
-  return f(std::integral_constant<Access, Access::kBytes8>{});
-}
-
-template <class F>
-void with_stored(Storage storage, F&& f) {
-  switch (storage) {
-    case Storage::kFloat:
-      return f(float{});
-    case Storage::kBFloat16:
-      return f(nce::cuda::BFloat16{});
-    case Storage::kHalf:
-      return f(nce::cuda::Half{});
-    case Storage::kDouble:
-      return f(double{});
-  }
+  nce::cuda::with_access<Stored>(access, f);
 }
 
 // Mirrors sampled_loss_of of csrc/cuda/sampled_loss_launch.cuh.
