@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import pytest
@@ -12,18 +11,9 @@ with warnings.catch_warnings():
     # Without the compiled kernels the first import says so; the tests of the reference run all the same.
     warnings.simplefilter("ignore", RuntimeWarning)
     import on_cuda
+    from native import require_native
 
-    from nce_ext import _library, functional
-
-
-def require_native() -> None:
-    """Skip without the compiled kernels, unless the run has declared that they must be there."""
-    cpu = torch.device("cpu")
-    if _library.fused_available(cpu):
-        return
-    if os.environ.get("NCE_EXT_TEST_REQUIRE_NATIVE") == "1":
-        pytest.fail(f"NCE_EXT_TEST_REQUIRE_NATIVE=1, but: {_library.why_missing(cpu)}")
-    pytest.skip(f"no compiled kernels: {_library.why_missing(cpu)}")
+    from nce_ext import functional
 
 
 @pytest.fixture

@@ -171,6 +171,15 @@ def test_batches_unrolled_into_the_tile_loop():
     assert (loop.kind, loop.rows, loop.instructions) == ("tile", 32, 2 + 4 * 5)
 
 
+def test_a_batch_that_is_a_whole_tile_is_counted_with_what_ends_an_example():
+    name = "sampled_loss_kernel<float,RowShape<1,8,8,6,false,true>,16,false>"
+    load, shuffle = "LDG.E.NA.128.CONSTANT R4, [R2.64]\n", "SHFL.BFLY PT, R3, R3, 0x1, 0x1f\n"
+    loop = measured("top: MOV R1, R1\n" + 8 * load + (7 + 5 + 8) * shuffle + "@P1 BRA `(top)\nEXIT\n", name).loop
+    assert loop == RowLoop("example", 32, 30, 30, 30)
+    assert table.read_facts(table.columns(measured("EXIT\n", name)))
+    assert table.read_facts("64 0 8 0 32e 10.0").loop == RowLoop("example", 32, 320)
+
+
 def test_no_row_loop():
     facts = measured("LDG.E.NA.128.CONSTANT R4, [R2.64]\nEXIT\n")
     assert facts.loop is None
@@ -278,4 +287,4 @@ def test_names():
     assert short("nce::cuda::(anonymous namespace)::sample_kernel(nce::cuda::Sample)") == "sample_kernel"
     assert short("void cub::detail::EmptyKernel<void>()") is None
     segments = facts_of_code.shape_of("segment_sums_kernel<double,double,8>")
-    assert segments == facts_of_code.Shape(8, 8, 8, 512, 0, False)
+    assert segments == facts_of_code.Shape(8, 4, 4, 512, 0, False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_native
+from native import require_native
 
 import nce_ext
 from nce_ext import _call, _library

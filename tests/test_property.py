@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from cases import Case, assert_matches, run
-from conftest import require_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native import require_native
 
 SETTINGS = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

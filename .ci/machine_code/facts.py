@@ -27,7 +27,7 @@ BUDGET_ARCHITECTURE = "sm_90"
 class RowLoop:
     """The innermost loop that loads rows."""
 
-    kind: str  # "batch"; "tile" where the compiler unrolled the batches into the loop around them
+    kind: str  # "batch"; "example" or "tile" where the compiler unrolled the batches into a loop around them
     rows: int  # that a warp handles in one round
     instructions: int  # of the natural loop, the rarely taken paths in it included
     shortest: int = 0  # of the shortest way round, and of the longest: not in the table but as a share of the budget
@@ -97,6 +97,9 @@ def row_loop(kernel: sass.Kernel, shape: Shape) -> tuple[RowLoop, list[sass.Inst
     if not found:
         return None
     size, shuffles, loop, body = min(found, key=lambda entry: entry[0])
+    if shape.rows == WARP and shuffles > shape.exchanges > 0:
+        # A batch is a whole tile, so there is no loop over batches: the sums that end an example are in this one.
+        return RowLoop("example", shape.rows, size, *kernel.ways_round(loop)), body
     batches, rest = divmod(shuffles, shape.exchanges) if shape.exchanges else (1, 0)
     if rest:
         raise sass.Unexpected(f"{shuffles} SHFL.BFLY in the row loop, not a multiple of {shape.exchanges}")

@@ -16,10 +16,13 @@ BY_ELEMENTS = (
     "rows that can only be read, or updated, element by element: "
     "a few registers, kept across the draw of a tile's candidates"
 )
+BY_16_WARPS = "rows of more than 8192 elements, updated by as many warps as a block may have: 8 bytes once a tile"
 ALLOWED_SPILLS: dict[str, str] = {
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,false>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,true>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,false>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,true>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,true>": BY_16_WARPS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,3,false,true>,0,false>": BY_ELEMENTS,
     "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
@@ -36,7 +39,8 @@ HEADER = """\
 #   ld16  loads of 16 bytes from global memory, and
 #   red16 additions of 16 bytes to it: in the row loop, or in the whole kernel if it has none
 #   rows  that a warp handles in a round of the row loop. b: of the loop over batches. t: the compiler has unrolled that
-#         into the loop over tiles, so that the draw of the candidates is counted as well
+#         into the loop over tiles, so that the draw of the candidates is counted as well. e: into that over examples,
+#         so that what an example begins and ends with is
 #   i/row warp instructions in the row loop, rarely taken paths included, by rows. Where a row is read piece by piece,
 #         the loops over pieces count as one round each
 # budget: a prediction, no measurement. Instructions per row, for {budget_architecture}, in percent of those that an
@@ -56,7 +60,7 @@ def budget(name: str, facts: Facts | None) -> str:
         return NONE
     slots = ISSUE_SLOTS_PER_SECOND / BYTES_PER_SECOND * shape.row_bytes
     low, high = (f"{100 * n / facts.loop.rows / slots:.0f}" for n in (facts.loop.shortest, facts.loop.longest))
-    return f"{high}%" if facts.loop.kind == "tile" else f"{low}-{high}%"
+    return f"{low}-{high}%" if facts.loop.kind == "batch" else f"{high}%"
 
 
 def columns(facts: Facts | None) -> str:
@@ -109,7 +113,7 @@ def read_facts(part: str) -> Facts:
     registers, spills, loads, reductions, rows, per_row = part.split()
     loop = None
     if rows != NONE:
-        kind = {"b": "batch", "t": "tile"}[rows[-1]]
+        kind = {kind[0]: kind for kind in ("batch", "example", "tile")}[rows[-1]]
         n = int(rows[:-1])
         loop = RowLoop(kind, n, round(float(per_row) * n))
     return Facts(int(registers), int(spills), 0, int(loads), int(reductions), loop)

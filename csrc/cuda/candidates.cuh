@@ -25,7 +25,7 @@ __device__ __forceinline__ bool in_range(const SampledLoss& p, int64_t id) {
   return static_cast<uint64_t>(id) < static_cast<uint64_t>(p.n_classes);
 }
 
-template <class Stored, class Real>
+template <class Real>
 __device__ __forceinline__ Real shift_of(const SampledLoss& p, int64_t example) {
   Real shift = static_cast<Real>(p.offset);
   if (p.log_z) shift += static_cast<const Real*>(p.log_z)[example * p.log_z_stride];
@@ -54,7 +54,7 @@ __device__ __forceinline__ const Real* given_log_q(const SampledLoss& p, int64_t
 // its log q.
 template <class Stored, class Real>
 __device__ __forceinline__ Candidate<Real> candidate(const SampledLoss& p, const Seed& seed, int64_t example,
-                                                     uint32_t column, Real shift) {
+                                                     uint32_t column) {
   const auto n_targets = static_cast<uint32_t>(p.n_targets);
   const auto n_columns = static_cast<uint32_t>(p.n_targets + p.n_negatives);
   Candidate<Real> c{-1, Real(0), ColumnState::kAbsent};
@@ -108,7 +108,7 @@ __device__ __forceinline__ Candidate<Real> candidate(const SampledLoss& p, const
   if (c.state == ColumnState::kLive) {
     Real bias = Real(0);
     if (p.bias) bias = static_cast<Real>(widen(static_cast<const Stored*>(p.bias)[c.id]));
-    c.offset = bias - (log_q + shift);
+    c.offset = bias - (log_q + shift_of<Real>(p, example));
   }
   return c;
 }

@@ -4,7 +4,8 @@
 // An example belongs to one warp; if a row is too long for the registers of one, to all warps of a block, which add
 // up their partial dot products through shared memory. In a warp, groups of lanes work on different rows, and each
 // has several rows in flight: that is what hides the latency of random reads. Candidate columns come in tiles of 32,
-// one to a lane.
+// one to a lane; where an example has few, a tile holds those of several examples, so that the draw and its latency
+// are paid once for all of them.
 #pragma once
 
 #include "../objective.h"
@@ -32,6 +33,7 @@ struct SampledLossWarp {
   static constexpr int kShare = kGroup / kRows;   // lanes that end up with the same row's dot product
   static constexpr bool kSplit = Shape::kSplit, kHold = Shape::kHold;
   static constexpr bool kStaged = kSplit && kHold;  // hidden lies in shared memory, not in registers
+  static constexpr bool kSeveral = Shape::kSeveral;
 
   const SampledLoss& p;
   const InPlaceUpdate& update;
@@ -115,16 +117,17 @@ struct SampledLossWarp {
     return sum;
   }
 
-  // Columns first .. first + kBatch - 1 of a tile whose candidates are in `mine`, one to a lane.
-  __device__ __forceinline__ void batch(int64_t example, uint32_t tile, int first, uint32_t live,
+  // Candidates first .. first + kBatch - 1 of a tile, which are in `mine`, one to a lane, and of which the bits of
+  // `live` tell whether they count. The first is column `column` of its example.
+  __device__ __forceinline__ void batch(int64_t example, uint32_t column, int first, uint32_t live,
                                         const Candidate<Real>& mine, Real positive_label, Real scale) {
     Vector row[kHold ? kRows : 1][kHold ? kVectors : 1];
     const char* address[kRows];
     bool present[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int slot = first + r * kGroups + group;
-      const int32_t id = __shfl_sync(kAllLanes, mine.id, slot);
+      const int slot = r * kGroups + group;
+      const int32_t id = __shfl_sync(kAllLanes, mine.id, (first + slot) % kWarp);
       present[r] = (live >> slot) & 1u;
       address[r] = static_cast<const char*>(p.weight) +
                    static_cast<int64_t>(present[r] ? id : 0) * p.weight_stride * static_cast<int>(sizeof(Stored));
@@ -152,9 +155,9 @@ struct SampledLossWarp {
     if constexpr (kSplit) z = sum_of_warps(z);
 
     // The objective once a row: this lane has the dot product of column `own`, as have kShare - 1 others.
-    const int own = first + in_group / kShare * kGroups + group;
-    z += __shfl_sync(kAllLanes, mine.offset, own);
-    const uint32_t column = tile * kWarp + own;
+    const int own = in_group / kShare * kGroups + group;
+    z += __shfl_sync(kAllLanes, mine.offset, (first + own) % kWarp);
+    column += own;
     const Real label = column < static_cast<uint32_t>(p.n_targets) ? positive_label : Real(0);
     const Column<Real> objective = binary_column(z, label);
     const bool own_live = (live >> own) & 1u;
@@ -166,7 +169,7 @@ struct SampledLossWarp {
       }
     }
     if constexpr (kUpdate) {
-      const int32_t id = __shfl_sync(kAllLanes, mine.id, own);
+      const int32_t id = __shfl_sync(kAllLanes, mine.id, (first + own) % kWarp);
       if (own_live && in_group % kShare == 0 && warp == 0 && update.bias) {
         atomicAdd(update.bias + id, -update.step * dlogit);
       }
@@ -277,43 +280,62 @@ struct SampledLossWarp {
     }
   }
 
-  __device__ __forceinline__ void run_example(int64_t example) {
+  // Examples first_example .. first_example + count - 1; more than one only if all their columns fit in a tile.
+  __device__ __forceinline__ void run(int64_t first_example, int count) {
     const auto n_targets = static_cast<uint32_t>(p.n_targets);
     const auto n_columns = static_cast<uint32_t>(p.n_targets + p.n_negatives);
-    const Real shift = shift_of<Stored, Real>(p, example);
-    Census census = census_from<Real>(p, example, kWarp, lane);
-    loss = Real(0);
+    if (n_columns == 0) return skip(first_example, false);
+    const int mine_of =
+        kSeveral && count > 1 ? lane / static_cast<int>(n_columns) : 0;  // which example's candidate a lane has
+    Census census = census_from<Real>(p, first_example, kWarp, lane);
     for (uint32_t tile = 0; tile * kWarp < n_columns; ++tile) {
-      const uint32_t column = tile * kWarp + lane;
+      const int64_t my_example = first_example + mine_of;
+      const uint32_t my_column = mine_of < count ? tile * kWarp + lane - mine_of * n_columns : n_columns;
       // Read again for every tile: kept, it would take registers from the rows.
       const Seed seed = read_seed(p.seed, p.seed_stride);
-      const Candidate<Real> mine = candidate<Stored, Real>(p, seed, example, column, shift);
-      if (tile == 0) {
-        const bool present = column < n_targets && mine.state != ColumnState::kAbsent;
-        census.positives += __popc(__ballot_sync(kAllLanes, present));
-        census.bad |= __any_sync(kAllLanes, mine.state == ColumnState::kBad) != 0;
-        if (census.positives == 0 || census.bad) return skip(example, census.positives > 0);
-        load_hidden(example);
-      }
+      const Candidate<Real> mine = candidate<Stored, Real>(p, seed, my_example, my_column);
       const uint32_t live = __ballot_sync(kAllLanes, mine.state == ColumnState::kLive);
-      if (p.ids && warp == 0 && column < n_columns) {
-        const int64_t pair = example * (p.n_targets + p.n_negatives) + column;
-        p.ids[pair] = mine.id;
-        if (mine.state != ColumnState::kLive) static_cast<Real*>(p.dlogit)[pair] = Real(0);
+      uint32_t present = 0, bad = 0;
+      if (tile == 0) {
+        present = __ballot_sync(kAllLanes, my_column < n_targets && mine.state != ColumnState::kAbsent);
+        bad = __ballot_sync(kAllLanes, mine.state == ColumnState::kBad);
       }
-      const Real positive_label = p.uniform_labels ? Real(1) / static_cast<Real>(census.positives) : Real(1);
-      const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(census.positives + p.n_negatives) : Real(1);
       const uint32_t left = n_columns - tile * kWarp;
-      const int count = left < kWarp ? static_cast<int>(left) : kWarp;
+      const int width = left < kWarp ? static_cast<int>(left) : kWarp;  // candidates of an example
+      const uint32_t mask = kAllLanes >> (kWarp - width);
 #pragma unroll 1
-      for (int first = 0; first < count; first += kBatch) {
-        batch(example, tile, first, live, mine, positive_label, scale);
+      for (int i = 0; i < (kSeveral ? count : 1); ++i) {
+        const int64_t example = first_example + i;
+        const int base = i * width;
+        if (tile == 0) {
+          census.positives = (kSeveral && count > 1 ? 0 : census.positives) + __popc((present >> base) & mask);
+          census.bad = !(kSeveral && count > 1) && census.bad || ((bad >> base) & mask) != 0;
+          if (census.positives == 0 || census.bad) {
+            skip(example, census.positives > 0);
+            if (!kSeveral || count == 1) return;
+            continue;
+          }
+          load_hidden(example);
+          loss = Real(0);
+        }
+        if (p.ids && warp == 0 && mine_of == i && my_column < n_columns) {
+          const int64_t pair = example * (p.n_targets + p.n_negatives) + my_column;
+          p.ids[pair] = mine.id;
+          if (mine.state != ColumnState::kLive) static_cast<Real*>(p.dlogit)[pair] = Real(0);
+        }
+        const Real positive_label = p.uniform_labels ? Real(1) / static_cast<Real>(census.positives) : Real(1);
+        const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(census.positives + p.n_negatives) : Real(1);
+        const uint32_t live_here = (live >> base) & mask;
+#pragma unroll 1
+        for (int first = 0; first < width; first += kBatch) {
+          batch(example, tile * kWarp + first, base + first, live_here >> first, mine, positive_label, scale);
+        }
+        if (left > kWarp) continue;
+        const Real sum = warp_sum(loss);
+        if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = sum;
+        if (p.grad_hidden && kHold) store_gradient(example);
       }
     }
-    if (n_columns == 0) return skip(example, false);
-    loss = warp_sum(loss);
-    if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = loss;
-    if (p.grad_hidden && kHold) store_gradient(example);
   }
 };
 
@@ -325,13 +347,26 @@ constexpr size_t sampled_loss_shared_bytes(int n_warps) {
   return (2 * kWarp * Shape::kRows + staged) * sizeof(Compute<Stored>);
 }
 
+// Examples whose candidates share a tile: as many as fit, but evenly over the rounds that a worker makes, and one where
+// there are workers enough. No result depends on it.
+__device__ __forceinline__ int examples_of_tile(const SampledLoss& p, int64_t n_workers) {
+  const int64_t n_columns = p.n_targets + p.n_negatives;
+  const int64_t fit = n_columns > 0 && n_columns < kWarp ? kWarp / n_columns : 1;
+  const int64_t of_worker = (p.batch + n_workers - 1) / n_workers, rounds = (of_worker + fit - 1) / fit;
+  return static_cast<int>((of_worker + rounds - 1) / rounds);
+}
+
 template <class Stored, class Shape, Access kAccess, bool kUpdate>
 __global__ void __launch_bounds__(Shape::kThreads, blocks_for<Shape, kAccess, kUpdate>())
     sampled_loss_kernel(const __grid_constant__ SampledLoss p, const __grid_constant__ InPlaceUpdate update) {
   SampledLossWarp<Stored, Shape, kAccess, kUpdate> work{p, update};
-  const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp;
-  const int64_t first = blockIdx.x * per_block + (Shape::kSplit ? 0 : warp_of_block());
-  for (int64_t example = first; example < p.batch; example += gridDim.x * per_block) work.run_example(example);
+  const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp, n_workers = gridDim.x * per_block;
+  const int64_t worker = blockIdx.x * per_block + (Shape::kSplit ? 0 : warp_of_block());
+  const int count = Shape::kSeveral ? examples_of_tile(p, n_workers) : 1;
+  for (int64_t first = worker * count; first < p.batch; first += n_workers * count) {
+    const int64_t left = p.batch - first;
+    work.run(first, left < count ? static_cast<int>(left) : count);
+  }
 }
 
 }  // namespace nce::cuda

@@ -19,14 +19,15 @@ struct RowShape {
   static constexpr int kVectors = kVectors_, kGroup = kGroup_, kRows = kRows_, kBlocks = kBlocks_;
   static constexpr bool kSplit = kSplit_, kHold = kHold_;
   static constexpr int kThreads = kSplit ? 512 : 128;  // of a block, at most
+  // Whether a tile may hold the candidates of several examples: with long rows the draw of one's is little beside them.
+  static constexpr bool kSeveral = !kSplit && kVectors == 1;
   static constexpr int kVectorsPerWarp = kVectors * kGroup;
 };
 
 // Reading by less than 16 bytes takes more registers, and so does updating many rows at once.
 template <class Shape, Access kAccess, bool kUpdate>
 constexpr int blocks_for() {
-  const bool many = kAccess == Access::kElements || (kUpdate && Shape::kRows == 8);
-  const int fewer = many ? 2 : kAccess == Access::kBytes8 ? 1 : 0;
+  const int fewer = kUpdate && Shape::kRows == 8 ? 3 : kAccess != Access::kBytes16 ? 2 : kUpdate ? 1 : 0;
   return Shape::kBlocks > fewer ? Shape::kBlocks - fewer : 1;
 }
 
@@ -49,11 +50,11 @@ auto with_row_shape(int64_t dim, F&& f) {
     if (vectors <= 32) return f(RowShape<1, 32, 8, 6>{}, kWarps);
     if (vectors <= 64) return f(RowShape<2, 32, 4, 5>{}, kWarps);
     if (vectors <= 96) return f(RowShape<3, 32, 4, 4>{}, kWarps);
-    if (vectors <= 128) return f(RowShape<4, 32, 2, 5>{}, kWarps);
+    if (vectors <= 128) return f(RowShape<4, 32, 2, 4>{}, kWarps);
     if (vectors <= 2048) return split(RowShape<4, 32, 2, 1, true>{});
     return split(RowShape<8, 32, 1, 1, true>{});
   } else {
-    if (vectors <= 8) return f(RowShape<1, 8, 8, 4>{}, kWarps);
+    if (vectors <= 8) return f(RowShape<1, 8, 8, 3>{}, kWarps);
     if (vectors <= 16) return f(RowShape<1, 16, 8, 4>{}, kWarps);
     if (vectors <= 32) return f(RowShape<1, 32, 8, 4>{}, kWarps);
     if (vectors <= 64) return f(RowShape<2, 32, 4, 4>{}, kWarps);

@@ -286,6 +286,31 @@ def test_an_example_is_the_same_in_any_batch(dtype, dim):
         assert_same_bits(alone, {name: array[one] for name, array in together.items()})
 
 
+SHARED_TILES = [(1, 0), (1, 1), (1, 5), (2, 5), (3, 8), (1, 14), (1, 15), (1, 16), (4, 28), (1, 31)]
+
+
+@pytest.mark.parametrize(("targets", "negatives"), SHARED_TILES)
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 20), ("float32", 50), ("float32", 100), ("bfloat16", 200)])
+@pytest.mark.parametrize("given", ["", "rows"])
+def test_examples_that_share_a_tile_are_as_they_are_alone(targets, negatives, dtype, dim, given):
+    """With one worker as many examples as fit share the lanes of a tile; with a worker for each none do."""
+    options = {"remove_hits": True, "uniform_labels": True, "mean_candidates": True}
+    problem = Problem(
+        batch=45, dim=dim, dtype=dtype, classes=9, targets=targets, negatives=negatives, given=given, ignored=0.3,
+        options=options,
+    )  # fmt: skip
+    alone = problem.run(warps=1)
+    problem.check(alone)
+    for grid, warps in ((1, 1), (1, 4), (7, 1), (20, 2)):
+        assert_same_bits(problem.run(grid=grid, warps=warps, order=grid), alone, (grid, warps))
+    problem.target[3::7, 0] = problem.classes  # a bad example leaves those beside it alone
+    spoiled = problem.run(grid=1, warps=1)
+    assert_same_bits(problem.run(warps=1), spoiled)
+    bad = np.isnan(spoiled["loss"])
+    assert np.array_equal(np.flatnonzero(bad), np.arange(3, 45, 7))
+    assert_same_bits({name: array[~bad] for name, array in spoiled.items()}, {n: a[~bad] for n, a in alone.items()})
+
+
 @pytest.mark.parametrize(("dtype", "large"), [("float32", 1e20), ("bfloat16", 1e20), ("float64", 1e160)])
 @pytest.mark.parametrize("dim", [4, 1100])
 def test_scores_that_overflow(dtype, large, dim):
