@@ -62,8 +62,12 @@ def why_not(device: str) -> str | None:
     return None if missing is None else f"there are no compiled kernels: {missing}"
 
 
+received: list[str] = []  # an exception that a signal raises inside a finaliser is lost
+
+
 def interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
+    received.append(signal.Signals(signum).name)
+    raise KeyboardInterrupt(received[-1])
 
 
 def measure(run: Run, names: list[str], deadline: float) -> list[str]:
@@ -74,6 +78,9 @@ def measure(run: Run, names: list[str], deadline: float) -> list[str]:
         run.recorder.section = name
         begun = time.monotonic()
         for job in SECTIONS[name](run):
+            if received and not stopped:
+                stopped = received[-1]
+                run.recorder.error(job.work, KeyboardInterrupt(stopped))
             if stopped or time.monotonic() > deadline:
                 left_out.append(f"{name}, {job.work}")
                 continue

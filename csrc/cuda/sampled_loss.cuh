@@ -309,7 +309,7 @@ struct SampledLossWarp {
         const int base = i * width;
         if (tile == 0) {
           census.positives = (kSeveral && count > 1 ? 0 : census.positives) + __popc((present >> base) & mask);
-          census.bad = !(kSeveral && count > 1) && census.bad || ((bad >> base) & mask) != 0;
+          census.bad = (!(kSeveral && count > 1) && census.bad) || ((bad >> base) & mask) != 0;
           if (census.positives == 0 || census.bad) {
             skip(example, census.positives > 0);
             if (!kSeveral || count == 1) return;
