@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70, which .ci/gpu-check may meet
+    from wheel.bdist_wheel import bdist_wheel
 
 OLDEST_TORCH = "0x020b000000000000"  # the stable ABI of 2.11: one binary serves every later torch
 
