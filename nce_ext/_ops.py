@@ -53,16 +53,26 @@ def keep_coalesced(parameter: Tensor | None) -> None:
 
 _watched = WeakTensorKeyDictionary()
 
-# Classes of the last few coalesced gradients that were made here, by address: autograd keeps the tensor of classes when
-# it stores the first gradient of a leaf. Held, so that nothing else can have come to lie at that address.
-_made: dict[int, Tensor] = {}
+# Classes of the coalesced gradients that were made here and are not stored yet, by address, and the number of gradients
+# that have them: autograd keeps the tensor of classes when it stores the first gradient of a leaf. Held, so that
+# nothing else can have come to lie at that address; only a few, since a gradient may be on its way to something else.
+_made: dict[int, tuple[Tensor, int]] = {}
 _MADE_AT_MOST = 4
 
 
-def _remember(classes: Tensor) -> None:
+def _remember(classes: Tensor, gradients: int) -> None:
     while len(_made) >= _MADE_AT_MOST:
         del _made[next(iter(_made))]
-    _made[classes.data_ptr()] = classes
+    _made[classes.data_ptr()] = (classes, gradients)
+
+
+def _made_here(classes: Tensor) -> bool:
+    made, gradients = _made.pop(classes.data_ptr(), (None, 0))
+    if made is None or made.shape != classes.shape or made.device != classes.device:
+        return False
+    if gradients > 1:
+        _made[made.data_ptr()] = (made, gradients - 1)
+    return True
 
 
 def _flag_coalesced(parameter: Tensor) -> None:
@@ -71,12 +81,7 @@ def _flag_coalesced(parameter: Tensor) -> None:
     if grad is None or not grad.is_sparse or grad.is_coalesced():
         return
     classes = grad._indices()[0]
-    made = _made.get(classes.data_ptr())
-    if made is not None:
-        coalesced = made.shape == classes.shape and made.device == classes.device
-    else:
-        coalesced = classes.device.type == "cpu" and bool((classes[1:] > classes[:-1]).all())
-    if coalesced:
+    if _made_here(classes) or (classes.device.type == "cpu" and bool((classes[1:] > classes[:-1]).all())):
         grad._coalesced_(True)
 
 
@@ -176,7 +181,7 @@ def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
             padded = ctx.gradient_layout == PADDED or _capturing(ids.device)
             classes, rows, elements = torch.ops.nce_ext.row_grad(*arguments, padded)
             if not padded and not torch.compiler.is_compiling():
-                _remember(classes)
+                _remember(classes, needs_weight + needs_bias)
             if needs_weight:
                 inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), not padded)
             if needs_bias:
