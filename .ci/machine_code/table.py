@@ -24,9 +24,7 @@ ALLOWED_SPILLS: dict[str, str] = {
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,true>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,true>": BY_16_WARPS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
-    "sampled_loss_kernel<BFloat16,RowShape<4,32,2,3,false,true>,0,false>": BY_ELEMENTS,
     "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
-    "sampled_loss_kernel<Half,RowShape<4,32,2,3,false,true>,0,false>": BY_ELEMENTS,
 }
 
 HEADER = """\
