@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cmath>
 #include <string>
 
 #include "sampled_loss.h"
@@ -99,12 +98,7 @@ inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table, cons
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "noise kind must be 0, 1 or 2, got ", kind);
   STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",
                   n_classes);
-  Noise noise{};
-  noise.kind = static_cast<NoiseKind>(kind);
-  noise.n_classes = n_classes;
-  noise.log2_range = std::log2(static_cast<double>(n_classes) + 1.0);
-  noise.log_log_range = std::log(std::log1p(static_cast<double>(n_classes)));
-  noise.log_q_uniform = static_cast<float>(-std::log(static_cast<double>(n_classes)));
+  Noise noise = noise_without_table(static_cast<NoiseKind>(kind), n_classes);
   if (noise.kind == NoiseKind::kAlias) {
     check_tensor("table", table, ScalarType::Int, like);
     check_shape("table", table, {n_classes, 4});

@@ -27,6 +27,12 @@ struct Noise {
   float log_q_uniform;      // kUniform: -log V
 };
 
+// All of a law but its table.
+NCE_HD Noise noise_without_table(NoiseKind kind, int64_t n_classes) {
+  const double n = static_cast<double>(n_classes);
+  return Noise{kind, n_classes, nullptr, log2(n + 1.0), log(log1p(n)), static_cast<float>(-log(n))};
+}
+
 struct Draw {
   int32_t id;
   float log_q;

@@ -10,6 +10,8 @@ namespace nce {
 
 enum class Storage : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
 
+NCE_HD int bytes_of(Storage storage) { return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2; }
+
 // Pointers to "compute" values are to float, or to double if the weight is stored as double.
 struct SampledLoss {
   int64_t batch, dim, n_targets, n_negatives, n_classes;

@@ -352,7 +352,7 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
 // Between two examples lies a whole example's worth of random rows: the processor does not foresee this one.
 NCE_INLINE void prefetch_hidden(const SampledLoss& p, int64_t example) {
   constexpr int kLine = 64;
-  const int64_t size = p.hidden_storage == Storage::kDouble ? 8 : p.hidden_storage == Storage::kFloat ? 4 : 2;
+  const int64_t size = bytes_of(p.hidden_storage);
   const char* x = static_cast<const char*>(p.hidden) + example * p.hidden_stride * size;
   for (int64_t byte = 0; byte < p.dim * size; byte += kLine) __builtin_prefetch(x + byte);
 }

@@ -216,10 +216,6 @@ __device__ __forceinline__ void load_elements(const void* rows, int64_t offset, 
   }
 }
 
-__device__ __forceinline__ int bytes_of(Storage storage) {
-  return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2;
-}
-
 // Whether every run of `count` elements of every row can be read by vectors.
 __device__ __forceinline__ bool wide_rows(const void* base, int64_t stride, int64_t dim, Storage storage, int count) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes_of(storage) % 16 == 0 && dim % count == 0;

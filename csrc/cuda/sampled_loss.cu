@@ -21,7 +21,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
       prepare_sampled_loss(hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q,
                            kind, num_negatives, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates,
                            ignore_index, needs_hidden_grad, needs_row_grad);
-  STD_TORCH_CHECK(call.p.dim <= kMaxDim, "hidden must have at most ", kMaxDim, " columns on CUDA, got ", call.p.dim);
   switch (call.storage) {
     case Storage::kFloat:
       sampled_loss_float(call.p, device);

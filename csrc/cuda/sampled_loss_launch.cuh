@@ -20,6 +20,7 @@ void launch_sampled_loss(const SampledLoss& p, const InPlaceUpdate& update, int 
 
 template <class Stored, bool kUpdate>
 void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const OnDevice& device) {
+  STD_TORCH_CHECK(p.dim <= kMaxDim, "hidden must have at most ", kMaxDim, " columns on CUDA, got ", p.dim);
   const int64_t size = sizeof(Stored);
   with_row_shape<Stored>(p.dim, [&](auto shape, int n_warps) {
     with_access<Stored>(access_of(p.weight, p.weight_stride * size, p.dim * size), [&](auto access) {

@@ -103,14 +103,8 @@ class Scratch {
   std::unique_ptr<unsigned char[], Free> memory_;
 };
 
-// As noise_of in csrc/check.h.
 Noise noise_of(int kind, int64_t n_classes, const Array& table) {
-  Noise noise{};
-  noise.kind = static_cast<NoiseKind>(kind);
-  noise.n_classes = n_classes;
-  noise.log2_range = std::log2(static_cast<double>(n_classes) + 1.0);
-  noise.log_log_range = std::log(std::log1p(static_cast<double>(n_classes)));
-  noise.log_q_uniform = static_cast<float>(-std::log(static_cast<double>(n_classes)));
+  Noise noise = nce::noise_without_table(static_cast<NoiseKind>(kind), n_classes);
   if (noise.kind == NoiseKind::kAlias) {
     check(table.has_value(), "table must be given");
     noise.table = reinterpret_cast<const AliasEntry*>(contiguous<int32_t>("table", *table, {n_classes, 4}));
