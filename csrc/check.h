@@ -93,6 +93,18 @@ inline void check_sample_shape(int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
 }
 
+inline Objective objective_of(int64_t kind, double positive_weight, double label_smoothing, double temperature,
+                              bool correct_positive) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "objective must be 0, 1 or 2, got ", kind);
+  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in 0 .. 1, got ",
+                  label_smoothing);
+  STD_TORCH_CHECK(temperature >= 0, "temperature must be >= 0, got ", temperature);
+  const auto objective = static_cast<ObjectiveKind>(kind);
+  STD_TORCH_CHECK(correct_positive || objective == ObjectiveKind::kSoftmax,
+                  "correct_positive must be True but for the softmax objective");
+  return Objective{objective, positive_weight, label_smoothing, temperature, correct_positive};
+}
+
 // The table is trusted beyond its size: nce_ext.noise builds it, and reading it all would cost O(V) a call.
 inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table, const Tensor& like) {
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "noise kind must be 0, 1 or 2, got ", kind);

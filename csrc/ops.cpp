@@ -13,13 +13,15 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
   // Alias table, int32 [V, 4], of float64 weights [V] whose sum times scale is V 2^32.
   m.def("alias_table(Tensor weights, float scale) -> Tensor");
 
-  // Per-example loss [B], ids int32 [B, T + k], dlogit [B, T + k], unscaled gradient of hidden [B, D].
+  // Per-example loss [B], ids int32 [B, T + k], dlogit [B, T + k], unscaled gradient of hidden [B, D]. objective is 0
+  // binary, 1 softmax, 2 with negatives weighted by softmax(temperature z).
   // negatives and negative_log_q are [B, k], or [1, k] where all examples share them.
   m.def(
       "sampled_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? log_z, Tensor? seed, "
       "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
       "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
-      "int ignore_index, bool needs_hidden_grad, bool needs_row_grad, int gradient_layout) "
+      "int ignore_index, int objective, float positive_weight, float label_smoothing, float temperature, "
+      "bool correct_positive, bool needs_hidden_grad, bool needs_row_grad, int gradient_layout) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 
   // Gradient rows of the touched classes: classes int64 [U] ascending, weight rows [U, D], bias elements [U]. Padded to

@@ -12,6 +12,16 @@ enum class Storage : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3
 
 NCE_HD int bytes_of(Storage storage) { return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2; }
 
+enum class ObjectiveKind : int32_t { kBinary = 0, kSoftmax = 1, kAdversarial = 2 };
+
+struct Objective {
+  ObjectiveKind kind;
+  double positive_weight;  // kBinary, kAdversarial: factor of the targets' terms
+  double label_smoothing;  // kSoftmax
+  double temperature;      // kAdversarial
+  bool correct_positive;   // kSoftmax: whether log q is subtracted from the target's score too
+};
+
 // Pointers to "compute" values are to float, or to double if the weight is stored as double.
 struct SampledLoss {
   int64_t batch, dim, n_targets, n_negatives, n_classes;
@@ -39,6 +49,7 @@ struct SampledLoss {
   double offset;  // log k of the correction plus a constant log z
   bool remove_hits, uniform_labels, mean_candidates;
   int64_t ignore_index;
+  Objective objective;
 
   void* loss;         // compute, [batch]
   int32_t* ids;       // [batch, n_targets + n_negatives], or null; -1 where a target is absent

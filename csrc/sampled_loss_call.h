@@ -32,7 +32,7 @@ inline SampledLossCall prepare_sampled_loss(const Tensor& hidden, const Tensor& 
                                             const std::optional<Tensor>& negative_log_q, int64_t kind,
                                             int64_t num_negatives, bool subtract_log_q, double offset, bool remove_hits,
                                             bool uniform_labels, bool mean_candidates, int64_t ignore_index,
-                                            bool needs_hidden_grad, bool needs_row_grad) {
+                                            const Objective& objective, bool needs_hidden_grad, bool needs_row_grad) {
   SampledLoss p{};
   check_device("weight", weight, hidden);
   const Storage storage = storage_of("weight", weight);
@@ -104,8 +104,15 @@ inline SampledLossCall prepare_sampled_loss(const Tensor& hidden, const Tensor& 
   p.uniform_labels = uniform_labels;
   p.mean_candidates = mean_candidates;
   p.ignore_index = ignore_index;
+  p.objective = objective;
+  const bool whole = objective.kind != ObjectiveKind::kBinary;
+  STD_TORCH_CHECK(!(whole && mean_candidates), "mean_candidates must be False but for the binary objective");
+  STD_TORCH_CHECK(objective.correct_positive || p.n_targets == 1,
+                  "target must have one column without correct_positive, got ", p.n_targets);
 
-  const int64_t saved = needs_row_grad ? p.batch : 0;
+  // An objective over the whole example keeps its scores until it knows the derivatives.
+  const bool saves = needs_row_grad || (whole && needs_hidden_grad);
+  const int64_t saved = saves ? p.batch : 0;
   SampledLossCall call{
       p,
       storage,
@@ -115,7 +122,7 @@ inline SampledLossCall prepare_sampled_loss(const Tensor& hidden, const Tensor& 
       torch::stable::new_empty(weight, {needs_hidden_grad ? p.batch : 0, p.dim}, compute),
   };
   call.p.loss = call.loss.mutable_data_ptr();
-  if (needs_row_grad) {
+  if (saves) {
     call.p.ids = static_cast<int32_t*>(call.ids.mutable_data_ptr());
     call.p.dlogit = call.dlogit.mutable_data_ptr();
   }

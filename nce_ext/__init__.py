@@ -8,11 +8,12 @@ replaces ``nn.Linear(in_features, n_classes)`` followed by ``nn.CrossEntropyLoss
 
 from nce_ext import evaluate, functional, noise
 from nce_ext._library import __version__, build_info, set_debug
-from nce_ext.losses import NCELoss, NegativeSamplingLoss
+from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss
 
 __all__ = [
     "NCELoss",
     "NegativeSamplingLoss",
+    "SampledSoftmaxLoss",
     "__version__",
     "build_info",
     "evaluate",

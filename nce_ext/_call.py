@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from nce_ext import _checks, _library, _ops
 from nce_ext.noise import Noise, check_seed, draw_seed
+from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
 
 CORRECTIONS = ("log_kq", "log_q", "none")
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,16 +31,24 @@ class Call(NamedTuple):
     seed: Tensor | None
     noise: Noise
     ids: Tensor | None  # negatives given or shared, [B, k] or [1, k]; None: drawn per example
+    distinct: bool  # of equal ids, one counts
     target_log_q: Tensor | None  # None: the noise's
     negative_log_q: Tensor | None
     k: int
+    one_row: bool  # ids are for all examples, however many there are
     subtract_log_q: bool
     offset: float
     remove_hits: bool
     uniform_labels: bool
     mean_candidates: bool
     ignore_index: int
+    objective: Objective
     gradient_layout: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether all examples have the same negatives."""
+        return self.ids is not None and self.one_row
 
     def operator_arguments(self) -> tuple[Any, ...]:
         """The first arguments of the operators sampled_loss and scatter_sgd_, which are the same."""
@@ -70,6 +80,10 @@ def prepare(
     log_q: tuple[Tensor, Tensor] | None,
     seed: Tensor | None,
     generator: torch.Generator | None,
+    unique: bool | str = False,
+    objective: Objective = Objective(),
+    calibration: float | None = None,
+    margin: float = 0.0,
     sample_weight: Tensor | None = None,
     reduction: str = "none",
     sparse: bool | str = True,
@@ -79,9 +93,17 @@ def prepare(
     noise = _checks.noise_of(noise, weight)
     lead = _check_examples(hidden, target, log_z, sample_weight)
     check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+    check_unique(unique, correction, objective)
+    check_objective(objective, remove_hits, candidate_reduction, log_z, correction)
     layout = gradient_layout(sparse)
     n_targets = 1 if target.shape == lead else target.shape[-1]
     k = _check_negatives(negatives, log_q, hidden, target, n_targets, lead, num_negatives, correction)
+    if unique and negatives is not None:
+        raise ValueError("unique must be False with negatives: it says how they are drawn")
+    if not objective.correct_positive and n_targets > 1:
+        raise ValueError(f"target must have one positive an example with correct_positive=False, got {n_targets}")
+    if calibration is not None:
+        objective = objective._replace(positive_weight=calibrated_weight(calibration, k, noise.n_classes))
     subtract_log_q = correction != "none"
     fused = _choose_backend(backend, hidden.device, weight.shape[1])
     if seed is not None:
@@ -91,16 +113,26 @@ def prepare(
 
     n_examples = math.prod(lead)
     flat_target = target.reshape(n_examples, n_targets).long().contiguous()
-    ids = None if negatives is None else _as_rows(negatives.long(), k, n_examples)
-    if ids is None and shared:
+    one_row = shared or bool(unique) or (negatives is not None and negatives.dim() == 1)
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    ids = target_log_q = negative_log_q = None
+    # In a softmax the number of draws cancels; so it does between negatives.
+    offset = math.log(k) if correction == "log_kq" and not unique and objective.kind != SOFTMAX else 0.0
+    if negatives is not None:
+        ids = _as_rows(negatives.long(), k, n_examples)
+        if subtract_log_q and log_q is not None:
+            target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape).contiguous()
+            negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
+    elif unique:
+        assert seed is not None
+        ids, log_count = _draw_distinct(noise, k, seed, unique)
+        if subtract_log_q:
+            target_log_q = log_count(known_ids(noise, flat_target)).to(compute)
+            negative_log_q = log_count(ids).to(compute)
+    elif shared:
         assert seed is not None
         ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    target_log_q = negative_log_q = None
-    if subtract_log_q and log_q is not None:
-        target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape).contiguous()
-        negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
-    offset = math.log(k) if correction == "log_kq" else 0.0
+    offset -= margin
     log_z_rows = None
     if isinstance(log_z, Tensor):
         log_z_rows = log_z.to(compute).expand(lead).reshape(n_examples)
@@ -108,9 +140,80 @@ def prepare(
         offset += log_z
     return Call(
         lead, fused, hidden.reshape(n_examples, hidden.shape[-1]), weight, bias, flat_target, log_z_rows, seed, noise,
-        ids, target_log_q, negative_log_q, k, subtract_log_q, offset, remove_hits, positive_label == "uniform",
-        candidate_reduction == "mean", ignore_index, layout,
+        ids, unique is True, target_log_q, negative_log_q, k, one_row, subtract_log_q, offset, remove_hits,
+        positive_label == "uniform", candidate_reduction == "mean", ignore_index, objective, layout,
     )  # fmt: skip
+
+
+def known_ids(noise: Noise, ids: Tensor) -> Tensor:
+    """ids, with 0 in the place of what is none: ignored and bad ones, which are masked later."""
+    return torch.where((ids >= 0) & (ids < noise.n_classes), ids, 0)
+
+
+def _draw_distinct(
+    noise: Noise, k: int, seed: Tensor, unique: bool | str
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Ids [1, k] that all examples share, and the log of a class's expected count among the distinct ones."""
+    if unique == "tf":
+        ids, trials = noise.sample_distinct(k, seed=seed)
+        return ids[None], lambda classes: noise.log_expected_count_tf(classes, k, trials)
+    ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
+    return ids, lambda classes: noise.log_inclusion(classes, k)
+
+
+def check_unique(unique: object, correction: str, objective: Objective) -> None:
+    if unique is not True and unique is not False and unique != "tf":
+        raise ValueError(f"unique must be True, False or 'tf', got {unique!r}")
+    if unique and correction == "log_q":
+        raise ValueError(
+            "correction must be 'log_kq' or 'none' with unique, whose log expected counts are of all k draws, got 'log_q'"
+        )
+    if unique and not objective.correct_positive:
+        raise ValueError("unique must be False with correct_positive=False, which is about draws with replacement")
+
+
+def negative_sampling_objective(adversarial_temperature: float | None, calibration: float | None) -> Objective:
+    if calibration is not None:
+        _checks.number("calibration", calibration, 0, 1)
+    if adversarial_temperature is None:
+        return Objective()
+    if not _checks.number("adversarial_temperature", adversarial_temperature, 0) > 0:
+        raise ValueError(f"adversarial_temperature must be positive, got {adversarial_temperature!r}")
+    return Objective(ADVERSARIAL, temperature=float(adversarial_temperature))
+
+
+def softmax_objective(label_smoothing: float, correct_positive: bool) -> Objective:
+    _checks.number("label_smoothing", label_smoothing, 0, 1)
+    if not isinstance(correct_positive, bool):
+        raise TypeError(f"correct_positive must be True or False, got {correct_positive!r}")
+    return Objective(SOFTMAX, label_smoothing=float(label_smoothing), correct_positive=correct_positive)
+
+
+def check_margin(margin: float) -> float:
+    return float(_checks.number("margin", margin))
+
+
+def calibrated_weight(calibration: float, k: int, n_classes: int) -> float:
+    """gBCE's beta: between k / (V - 1), at calibration 1, and 1, at calibration 0."""
+    if n_classes < 2:
+        raise ValueError(f"calibration must be None where the noise has one class, got {calibration}")
+    return 1 + calibration * (k / (n_classes - 1) - 1)
+
+
+def check_objective(
+    objective: Objective, remove_hits: bool, candidate_reduction: str, log_z: float | Tensor | str, correction: str
+) -> None:
+    """Combinations that have no meaning."""
+    name = {SOFTMAX: "a softmax loss", ADVERSARIAL: "adversarial_temperature"}.get(objective.kind, "")
+    if objective.kind != BINARY and candidate_reduction != "sum":
+        raise ValueError(f"candidate_reduction must be 'sum' with {name}, got {candidate_reduction!r}")
+    if objective.kind == SOFTMAX and (isinstance(log_z, (Tensor, str)) or log_z != 0):
+        raise ValueError(f"log_z must be 0.0 with {name}, in which it cancels, got {log_z!r}")
+    if not objective.correct_positive:
+        if not remove_hits:
+            raise ValueError("remove_hits must be True with correct_positive=False, whose negatives are never the target")
+        if correction == "none":
+            raise ValueError("correction must be 'log_kq' or 'log_q' with correct_positive=False, got 'none'")
 
 
 def check_options(

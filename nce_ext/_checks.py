@@ -5,6 +5,8 @@ Each message names the argument, says what is allowed and what was got.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,15 @@ def count(name: str, value: object, low: int, high: int | None = None) -> int:
         bounds = f">= {low}" if high is None else f"in {low} .. {high}"
         raise ValueError(f"{name} must be {bounds}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not (low <= value <= high and math.isfinite(value)):
+        bounds = "finite" if low == -math.inf else f"in {low} .. {high}" if high < math.inf else f"finite and >= {low}"
+        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+    return value
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:

@@ -99,13 +99,13 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _fake_sampled_loss(
     hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
-    needs_row_grad, gradient_layout,
+    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight,
+    label_smoothing, temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
 ):  # fmt: skip
     batch, dim = hidden.shape
     columns = target.shape[1] + num_negatives
     compute = _compute_dtype(weight.dtype)
-    rows = batch if needs_row_grad else 0
+    rows = batch if needs_row_grad or (objective != reference.BINARY and needs_hidden_grad) else 0
     return (
         hidden.new_empty((batch,), dtype=compute),
         hidden.new_empty((rows, columns), dtype=torch.int32),
@@ -165,7 +165,7 @@ def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
         raise RuntimeError(
             "nce_ext losses cannot be differentiated twice (create_graph=True); use backend='reference' for that"
         )
-    inputs: list[Tensor | None] = [None] * 21
+    inputs: list[Tensor | None] = [None] * 26
     if grad_loss is None:
         return tuple(inputs)
     hidden, ids, dlogit, grad_hidden = ctx.saved_tensors

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["nll", "perplexity", "topk"]
+from nce_ext._diagnose import Diagnosis, GradientError, diagnose
+
+__all__ = ["Diagnosis", "GradientError", "diagnose", "nll", "perplexity", "topk"]
 
 
 class OutputLayer(Protocol):

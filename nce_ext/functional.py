@@ -1,22 +1,17 @@
-"""The losses as functions of explicit weights: validation, seeds, shapes and reductions around one operator."""
+"""The losses as functions of explicit weights."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nce_ext import _call, _checks, _ops, reference
+from nce_ext import _call, _ops, _sampled
 from nce_ext.noise import Noise
 
-__all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss"]
-
-_DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
-_warned_dense_gradient = False
+__all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss", "sampled_softmax_loss"]
 
 
 def nce_loss(
@@ -28,6 +23,7 @@ def nce_loss(
     *,
     bias: Tensor | None = None,
     shared: bool = False,
+    unique: bool | str = False,
     correction: str = "log_kq",
     log_z: float | Tensor = 0.0,
     remove_hits: bool = False,
@@ -66,7 +62,13 @@ def nce_loss(
         noise: the distribution of the negatives, over the same V classes.
         num_negatives: k, 0 .. 2^20; >= 1 under ``correction="log_kq"``.
         bias: [V], of weight's dtype.
-        shared: one set of k negatives for all examples instead of k for each.
+        shared: one set of k negatives for all examples instead of k for each. The rows of the k negatives are then
+            gathered once, and the scores are matrix products: cheaper for large batches, and k can be much larger. On
+            the CPU equal draws are merged into one column that counts as often as it was drawn.
+        unique: draw without replacement; all examples share the negatives. True: the distinct ones of k draws, each
+            corrected by the log of the probability that k draws include its class, log(1 - (1 - q)^k), in the place
+            of log(k q). "tf": TensorFlow's way, k distinct ids found by rejection, with its approximate expected
+            counts; drawing them waits for the device on CUDA.
         correction: what is subtracted from a logit besides ``log_z``: "log_kq" log(k q) (NCE: the logit tends to
             log p), "log_q" log q, "none" nothing (negative sampling).
         log_z: log of the partition function that the model leaves out: a number, a scalar tensor, or one value per
@@ -100,42 +102,135 @@ def nce_loss(
             correction (its log q is -inf). On CUDA ids are not checked, see :func:`nce_ext.set_debug`.
         RuntimeError: ``backend="fused"`` without compiled kernels for the device; differentiating twice.
     """
-    call = _call.prepare(
-        hidden, weight, target, noise, num_negatives, bias=bias, shared=shared, correction=correction, log_z=log_z,
+    return _sampled.sampled_loss(
+        hidden, weight, target, noise, num_negatives, bias=bias, shared=shared, unique=unique, correction=correction,
+        log_z=log_z, remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
+        ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
+        sample_weight=sample_weight, reduction=reduction, sparse=sparse,
+    )  # fmt: skip
+
+
+def negative_sampling_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    noise: Noise,
+    num_negatives: int,
+    *,
+    adversarial_temperature: float | None = None,
+    margin: float = 0.0,
+    calibration: float | None = None,
+    bias: Tensor | None = None,
+    shared: bool = False,
+    unique: bool | str = False,
+    correction: str = "none",
+    log_z: float | Tensor = 0.0,
+    remove_hits: bool = False,
+    candidate_reduction: str = "sum",
+    positive_label: str = "one",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    sparse: bool | str = False,
+    backend: str = "auto",
+    negatives: Tensor | None = None,
+    log_q: tuple[Tensor, Tensor] | None = None,
+    sample_weight: Tensor | None = None,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""The negative-sampling loss of word2vec, self-adversarial negative sampling (NSSA), and gBCE.
+
+    Equivalent to, with the scores ``s`` [..., 1 + k] of the target (column 0) and the negatives::
+
+        z = s + margin
+        weights = softmax(adversarial_temperature * z[..., 1:], -1).detach()    # or 1 without a temperature
+        loss = beta * softplus(-z[..., 0]) + (weights * softplus(z[..., 1:])).sum(-1)
+
+    Without options it is word2vec's (Mikolov et al., "Distributed representations of words and phrases and their
+    compositionality", NeurIPS 2013), whose optimum is s = log p(y | x) - log(k q(y)): it learns good vectors but no
+    probabilities.
+
+    Args: as :func:`nce_loss`, with ``correction="none"`` by default, and
+        adversarial_temperature: > 0: negatives are weighted by their own scores, so that hard ones count (Sun et al.,
+            "RotatE", ICLR 2019, without its factor 1/2). The weights get no gradient.
+        margin: added to every score; RotatE's gamma, whose scores are negative distances.
+        calibration: t of gBCE, in 0 .. 1 (Petrov and Macdonald, "gSASRec", RecSys 2023): the target's term is
+            multiplied by beta = 1 + t (k / (V - 1) - 1), which is what raising its probability
+            sigmoid(s) to the power beta does. At t = 1, with uniform noise, sigmoid(s) learns p(y | x) unbiased. Needs
+            V >= 2; "mean" as ``candidate_reduction`` gives the published scale.
+
+    Raises:
+        As :func:`nce_loss`. ValueError: a temperature that is not positive, a margin that is not finite, a calibration
+            outside 0 .. 1; ``candidate_reduction="mean"`` with a temperature, whose weights are an average already.
+    """
+    return _sampled.sampled_loss(
+        hidden, weight, target, noise, num_negatives,
+        objective=_call.negative_sampling_objective(adversarial_temperature, calibration), calibration=calibration,
+        margin=_call.check_margin(margin), bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z,
         remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
         ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
         sample_weight=sample_weight, reduction=reduction, sparse=sparse,
     )  # fmt: skip
-    learns = torch.is_grad_enabled()
-    if learns and not torch.compiler.is_compiling():
-        if sparse:
-            _ops.keep_coalesced(weight)
-            _ops.keep_coalesced(bias)
-        else:
-            _warn_of_dense_gradient(weight)
-
-    given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
-    if call.fused:
-        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, bias, call.log_z))
-        arguments = (*call.operator_arguments(), learns and hidden.requires_grad, needs_row_grad, call.gradient_layout)
-        losses = _fused(_ops.sampled_loss, arguments, given)
-    else:
-        losses = _reference_loss(call, given, sparse=bool(sparse))
-    return _reduce(losses, call.target, sample_weight, call.lead, reduction, ignore_index)
 
 
-def negative_sampling_loss(
-    hidden: Tensor, weight: Tensor, target: Tensor, noise: Noise, num_negatives: int, **options
+def sampled_softmax_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    noise: Noise,
+    num_negatives: int,
+    *,
+    label_smoothing: float = 0.0,
+    correct_positive: bool = True,
+    bias: Tensor | None = None,
+    shared: bool = False,
+    unique: bool | str = False,
+    correction: str = "log_kq",
+    remove_hits: bool = True,
+    positive_label: str = "uniform",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    sparse: bool | str = False,
+    backend: str = "auto",
+    negatives: Tensor | None = None,
+    log_q: tuple[Tensor, Tensor] | None = None,
+    sample_weight: Tensor | None = None,
+    seed: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""The negative-sampling loss of word2vec: :func:`nce_loss` with ``correction="none"``.
+    r"""Softmax over the target and k sampled negatives: ranking NCE.
 
-    Equivalent to ``softplus(-s_0) + sum_j softplus(s_j)`` over the scores of the target and k negatives. Its optimum
-    is s = log p(y | x) - log(k q(y)), so it learns good vectors but no probabilities. Mikolov et al., "Distributed
-    representations of words and phrases and their compositionality", NeurIPS 2013.
+    Equivalent to, with the scores ``s`` [..., 1 + k] of the target (column 0) and the negatives::
 
-    Args: as :func:`nce_loss`; every option of it is taken.
+        z = s - math.log(k) - noise.log_prob(ids)                         # log expected counts
+        z[..., 1:] = z[..., 1:].masked_fill(ids[..., 1:] == target[..., None], -inf)
+        loss = F.cross_entropy(z.flatten(0, -2), torch.zeros_like(target).flatten(), label_smoothing=label_smoothing)
+
+    in one pass over the rows. As k grows its gradient tends to that of the full softmax; unlike NCE it never asks that
+    scores be normalised. Bengio and Senecal, "Adaptive importance sampling to accelerate training of a neural
+    probabilistic language model", 2008; Jean et al., ACL 2015; consistency: Ma and Collins, EMNLP 2018.
+
+    Args: as :func:`nce_loss`, but for
+        label_smoothing: eps in 0 .. 1: labels are (1 - eps) y + eps sum(y) / n over the n columns that are not masked.
+        correct_positive: False leaves the target's score uncorrected, and corrects the negatives by the log of
+            n q(j) / (1 - q(target)), n the number of those that are not masked: the positive is given, not sampled, and
+            the negatives are drawn from what is left ("Correcting the LogQ correction", RecSys 2025). One target an
+            example; needs ``remove_hits``.
+        remove_hits: leave out negatives that equal one of the example's targets.
+        positive_label: with T targets, labels "uniform": 1 / T (T counts the example's valid ones), or "one" for each:
+            the sum over targets of the loss of each.
+
+    Raises:
+        As :func:`nce_loss`. ValueError: a smoothing outside 0 .. 1; ``correct_positive=False`` with several targets,
+            ``unique``, ``remove_hits=False`` or ``correction="none"``.
     """
-    return nce_loss(hidden, weight, target, noise, num_negatives, **{"correction": "none", **options})
+    return _sampled.sampled_loss(
+        hidden, weight, target, noise, num_negatives, objective=_call.softmax_objective(label_smoothing, correct_positive),
+        bias=bias, shared=shared, unique=unique, correction=correction, log_z=0.0, remove_hits=remove_hits,
+        candidate_reduction="sum", positive_label=positive_label, ignore_index=ignore_index, backend=backend,
+        negatives=negatives, log_q=log_q, seed=seed, generator=generator, sample_weight=sample_weight,
+        reduction=reduction, sparse=sparse,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -207,7 +302,9 @@ def hogwild_sgd_(
         if weight.dtype != torch.float32:
             raise TypeError(f"weight must be float32 to be changed in place on CUDA, got {weight.dtype}")
         given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
-        losses, gradient = _fused(_ops.scatter_sgd_, (*call.operator_arguments(), True, float(learning_rate)), given)
+        losses, gradient = _sampled.guarded(
+            _ops.scatter_sgd_, (*call.operator_arguments(), True, float(learning_rate)), given, check_first=True
+        )
         return losses.reshape(call.lead), gradient.reshape(hidden.shape)
     with torch.enable_grad():
         compute = torch.promote_types(weight.dtype, torch.float32)
@@ -219,75 +316,3 @@ def hogwild_sgd_(
         assert parameter is not None
         parameter.add_(step, alpha=-learning_rate)
     return losses.detach(), gradient
-
-
-def _fused(operator: Callable[..., Any], arguments: tuple, given: tuple) -> Any:
-    """The CPU kernels check ids as they read them; once one is refused, it is searched for the words to say so.
-
-    On CUDA ids are checked beforehand, and only under set_debug(True).
-    """
-    hidden = arguments[0]
-    if torch.compiler.is_compiling():
-        return operator(*arguments)
-    if hidden.device.type != "cpu":
-        _checks.ids(*given)
-    try:
-        return operator(*arguments)
-    except RuntimeError:
-        _checks.ids(*given)
-        raise
-
-
-def _reference_loss(call: _call.Call, given: tuple, *, sparse: bool) -> Tensor:
-    _checks.ids(*given)
-    noise, ids, n_examples = call.noise, call.ids, call.hidden.shape[0]
-    if ids is None:
-        assert call.seed is not None
-        ids = reference.draw(noise.kind, noise.n_classes, noise.table, call.seed, n_examples, call.k)
-    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
-    if call.subtract_log_q and target_log_q is None:
-        target_log_q, negative_log_q = _log_q_or_zero(noise, call.target), _log_q_or_zero(noise, ids)
-    return reference.sampled_loss(
-        call.hidden, call.weight, call.bias, call.target, ids.expand(n_examples, call.k), call.log_z, target_log_q,
-        negative_log_q, offset=call.offset, remove_hits=call.remove_hits, uniform_labels=call.uniform_labels,
-        mean_candidates=call.mean_candidates, ignore_index=call.ignore_index, sparse=sparse,
-    )  # fmt: skip
-
-
-def _warn_of_dense_gradient(weight: Tensor) -> None:
-    global _warned_dense_gradient
-    size = weight.numel() * weight.element_size()
-    if size > _DENSE_GRADIENT_LIMIT and weight.requires_grad and not _warned_dense_gradient:
-        _warned_dense_gradient = True
-        warnings.warn(
-            f"weight.grad will be dense: {size / 2**20:.0f} MiB for {weight.shape[0]} rows of {weight.shape[1]} are "
-            "written on every step. sparse=True makes the step independent of the number of rows "
-            "(with torch.optim.SGD, Adagrad or SparseAdam).",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _log_q_or_zero(noise: Noise, ids: Tensor) -> Tensor:
-    """log q where the id is one; ignored and bad ids are masked later."""
-    valid = (ids >= 0) & (ids < noise.n_classes)
-    return noise.log_prob(torch.where(valid, ids, 0))
-
-
-def _reduce(
-    losses: Tensor, target: Tensor, sample_weight: Tensor | None, lead: torch.Size, reduction: str, ignore_index: int
-) -> Tensor:
-    scale = None if sample_weight is None else sample_weight.reshape(-1).to(losses.dtype)
-    if scale is not None:
-        losses = losses * scale
-    if reduction == "none":
-        return losses.reshape(lead)
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    valid = target != ignore_index
-    valid = valid[:, 0] if target.shape[1] == 1 else valid.any(1)
-    if scale is None:
-        return total / valid.sum().clamp(min=1)
-    denominator = torch.where(valid, scale, 0).sum()
-    return total / torch.where(denominator == 0, 1, denominator)

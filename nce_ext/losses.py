@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,16 @@ from torch.nn import functional as F
 from nce_ext import _call, _checks, functional
 from nce_ext._memory import empty_table
 from nce_ext.noise import Noise, describe
+from nce_ext.reference import Objective
 
-__all__ = ["NCELoss", "NegativeSamplingLoss"]
+__all__ = ["NCELoss", "NegativeSamplingLoss", "SampledSoftmaxLoss"]
 
 
 class _SampledLoss(nn.Module):
-    """An output layer and a loss over its classes; subclasses choose the default correction."""
+    """An output layer and a loss over its classes; subclasses choose the function and its defaults."""
 
-    _correction = "log_kq"
+    _function: Callable[..., Tensor]
+    _defaults: Mapping[str, Any] = {"correction": "log_kq", "remove_hits": False, "positive_label": "one"}
 
     def __init__(
         self,
@@ -29,17 +33,19 @@ class _SampledLoss(nn.Module):
         *,
         bias: bool = True,
         shared: bool = False,
+        unique: bool | str = False,
         correction: str | None = None,
         log_z: float | str = 0.0,
-        remove_hits: bool = False,
+        remove_hits: bool | None = None,
         candidate_reduction: str = "sum",
-        positive_label: str = "one",
+        positive_label: str | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
         sparse: bool | str = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        objective: Objective = Objective(),
     ) -> None:
         super().__init__()
         self.in_features = _checks.count("in_features", in_features, 1)
@@ -49,15 +55,18 @@ class _SampledLoss(nn.Module):
         if noise.n_classes != n_classes:
             raise ValueError(f"noise must have n_classes = {n_classes} classes, got {noise.n_classes}")
         self.num_negatives = _checks.count("num_negatives", num_negatives, 0, 2**20)
-        self.correction = self._correction if correction is None else correction
-        _call.check_options(self.correction, candidate_reduction, positive_label, reduction, ignore_index)
+        self.correction = self._defaults["correction"] if correction is None else correction
+        self.remove_hits = self._defaults["remove_hits"] if remove_hits is None else remove_hits
+        self.positive_label = self._defaults["positive_label"] if positive_label is None else positive_label
+        _call.check_options(self.correction, candidate_reduction, self.positive_label, reduction, ignore_index)
+        _call.check_unique(unique, self.correction, objective)
+        _call.check_objective(objective, self.remove_hits, candidate_reduction, log_z, self.correction)
         _checks.one_of("backend", backend, ("auto", "fused", "reference"))
         _call.gradient_layout(sparse)
         if self.correction == "log_kq" and num_negatives == 0:
             raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
-        self.shared, self.remove_hits, self.candidate_reduction = shared, remove_hits, candidate_reduction
-        self.positive_label, self.reduction, self.ignore_index = positive_label, reduction, ignore_index
-        self.sparse, self.backend = sparse, backend
+        self.shared, self.unique, self.candidate_reduction = shared, unique, candidate_reduction
+        self.reduction, self.ignore_index, self.sparse, self.backend = reduction, ignore_index, sparse, backend
 
         self.noise = noise if device is None else noise.to(device)
         self.weight = nn.Parameter(empty_table(n_classes, in_features, device, dtype))
@@ -103,31 +112,23 @@ class _SampledLoss(nn.Module):
         """The loss of ``hidden`` [..., D] against ``target`` [...] or [..., T].
 
         All arguments are those of :func:`nce_ext.functional.nce_loss`; ``log_z`` given here, say one value per
-        example from a network, takes the place of the module's.
+        example from a network, takes the place of the module's. A softmax loss takes none: it cancels there.
         """
-        return functional.nce_loss(
-            hidden,
-            self.weight,
-            target,
-            self.noise,
-            self.num_negatives,
-            bias=self.bias,
-            shared=self.shared,
-            correction=self.correction,
-            log_z=self.log_z if log_z is None else log_z,
-            remove_hits=self.remove_hits,
-            candidate_reduction=self.candidate_reduction,
-            positive_label=self.positive_label,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            sparse=self.sparse,
-            backend=self.backend,
-            negatives=negatives,
-            log_q=log_q,
-            sample_weight=sample_weight,
-            seed=seed,
-            generator=generator,
-        )
+        if log_z is None:
+            log_z = self.log_z
+        return type(self)._function(
+            hidden, self.weight, target, self.noise, self.num_negatives, bias=self.bias, negatives=negatives,
+            log_q=log_q, sample_weight=sample_weight, seed=seed, generator=generator, **self._options(log_z),
+        )  # fmt: skip
+
+    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
+        """What this loss's function takes of the module's options."""
+        return dict(
+            shared=self.shared, unique=self.unique, correction=self.correction, log_z=log_z,
+            remove_hits=self.remove_hits, candidate_reduction=self.candidate_reduction,
+            positive_label=self.positive_label, reduction=self.reduction, ignore_index=self.ignore_index,
+            sparse=self.sparse, backend=self.backend,
+        )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all classes: ``F.linear(hidden, weight, bias)``, [..., V]. Costs O(V D) an example."""
@@ -173,13 +174,89 @@ class NCELoss(_SampledLoss):
     The other options, the formula and what is raised when: :func:`nce_ext.functional.nce_loss`.
     """
 
+    _function = staticmethod(functional.nce_loss)
+
 
 class NegativeSamplingLoss(_SampledLoss):
-    """word2vec's negative-sampling loss: ``NCELoss`` with ``correction="none"`` and the bias starting at 0.
+    """word2vec's negative-sampling loss, self-adversarial negative sampling, and gBCE.
 
     It learns representations, not probabilities: the score tends to log p(y | x) - log(k q(y)), so ``log_prob`` and
-    ``nce_ext.evaluate`` describe a softmax over these scores, which nothing has fitted. The options are
-    :class:`NCELoss`'s; the formula is in :func:`nce_ext.functional.negative_sampling_loss`.
+    ``nce_ext.evaluate`` describe a softmax over these scores, which nothing has fitted. The bias starts at 0.
+
+    Args:
+        adversarial_temperature: weights negatives by the softmax of their scores times this (NSSA); None: all count 1.
+        margin: added to every score.
+        calibration: t in 0 .. 1 of gBCE, which weakens the target's term; None: none.
+
+    The other options are :class:`NCELoss`'s, with ``correction="none"``; the formula, and what is raised when:
+    :func:`nce_ext.functional.negative_sampling_loss`.
     """
 
-    _correction = "none"
+    _function = staticmethod(functional.negative_sampling_loss)
+    _defaults = {**_SampledLoss._defaults, "correction": "none"}
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        noise: Noise,
+        num_negatives: int,
+        *,
+        adversarial_temperature: float | None = None,
+        margin: float = 0.0,
+        calibration: float | None = None,
+        **options: Any,
+    ) -> None:
+        objective = _call.negative_sampling_objective(adversarial_temperature, calibration)
+        super().__init__(in_features, n_classes, noise, num_negatives, objective=objective, **options)
+        if calibration is not None:
+            _call.calibrated_weight(calibration, num_negatives, n_classes)
+        self.adversarial_temperature, self.calibration = adversarial_temperature, calibration
+        self.margin = _call.check_margin(margin)
+
+    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
+        own = dict(
+            adversarial_temperature=self.adversarial_temperature, margin=self.margin, calibration=self.calibration
+        )
+        return {**super()._options(log_z), **own}
+
+
+class SampledSoftmaxLoss(_SampledLoss):
+    """Softmax over the target and k sampled negatives (ranking NCE), at a cost independent of the number of classes.
+
+    The classes' scores need not be normalised, and the log q correction makes the gradient tend to that of the full
+    softmax as k grows. Negatives that equal a target are left out.
+
+    Args:
+        label_smoothing: eps in 0 .. 1, spread over the columns that are not masked.
+        correct_positive: False corrects the negatives only, for a target that is given and not sampled.
+
+    The other options are :class:`NCELoss`'s, with ``remove_hits=True`` and ``positive_label="uniform"``; ``log_z`` and
+    ``candidate_reduction`` have no meaning here and keep their defaults. The formula, and what is raised when:
+    :func:`nce_ext.functional.sampled_softmax_loss`.
+    """
+
+    _function = staticmethod(functional.sampled_softmax_loss)
+    _defaults = {"correction": "log_kq", "remove_hits": True, "positive_label": "uniform"}
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        noise: Noise,
+        num_negatives: int,
+        *,
+        label_smoothing: float = 0.0,
+        correct_positive: bool = True,
+        **options: Any,
+    ) -> None:
+        objective = _call.softmax_objective(label_smoothing, correct_positive)
+        super().__init__(in_features, n_classes, noise, num_negatives, objective=objective, **options)
+        self.label_smoothing, self.correct_positive = label_smoothing, correct_positive
+
+    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
+        if isinstance(log_z, Tensor) or log_z != 0:
+            raise ValueError(f"log_z must be None or 0.0 with a softmax loss, in which it cancels, got {log_z!r}")
+        options = super()._options(log_z)
+        del options["log_z"], options["candidate_reduction"]
+        return {**options, "label_smoothing": self.label_smoothing, "correct_positive": self.correct_positive}

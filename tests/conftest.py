@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     import on_cuda
     from native import require_native
 
-    from nce_ext import functional
+    from nce_ext import _sampled
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def known_state():
     Deterministic mode makes ``torch.empty`` hand out NaN (or the largest integer), so an output that a kernel leaves
     unwritten fails the comparison instead of passing by luck. warn_only: other torch ops need not be deterministic.
     """
-    threads, warned = torch.get_num_threads(), functional._warned_dense_gradient
+    threads, warned = torch.get_num_threads(), set(_sampled._warned)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261121)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -66,7 +66,8 @@ def known_state():
         yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
-    functional._warned_dense_gradient = warned
+    _sampled._warned.clear()
+    _sampled._warned.update(warned)
 
 
 @pytest.fixture

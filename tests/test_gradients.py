@@ -9,7 +9,7 @@ import torch
 from cases import Case, leaf, run
 from tolerances import assert_close, relative_error
 
-from nce_ext import functional
+from nce_ext import _sampled, functional
 from nce_ext import noise as noises
 
 F64 = torch.float64
@@ -272,7 +272,7 @@ def test_a_table_used_twice_adds_its_gradients(backend):
 # The warning about dense gradients
 def dense_warnings(classes: int, *, calls: int = 1, **options) -> list[str]:
     """Warnings of forward passes on a table that is never touched beyond a few pages."""
-    functional._warned_dense_gradient = False
+    _sampled._warned.clear()
     weight = torch.empty(classes, 1024).requires_grad_(options.pop("requires_grad", True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,7 +1,8 @@
-"""tf.nn.nce_loss reproduced: losses and gradients that TensorFlow 2 computed, kept in data/tf_candidate_sampling.npz.
+"""tf.nn.nce_loss and sampled_softmax_loss reproduced: losses and gradients that TensorFlow 2 computed.
 
-TensorFlow subtracts log of the expected count of a class, k q for draws with replacement; our correction subtracts
-log k by itself, so ``log_q`` is log(expected count) - log k. Its targets share one label: ``positive_label="uniform"``.
+They are kept in data/tf_candidate_sampling.npz. TensorFlow subtracts log of the expected count of a class, k q for
+draws with replacement; our correction subtracts log k by itself, so ``log_q`` is log(expected count) - log k. (In the
+softmax a constant cancels, so its log k may stay.) Its targets share one label: ``positive_label="uniform"``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from nce_ext import functional
 from nce_ext import noise as noises
 
 DATA = np.load(Path(__file__).parent / "data" / "tf_candidate_sampling.npz")
+LOSSES = {"nce": "nce_loss", "sampled_softmax": "sampled_softmax_loss"}
 CASES = [
-    f"nce_T{n_true}_{draws}_{hits}"
+    f"{loss}_T{n_true}_{draws}_{hits}"
+    for loss in LOSSES
     for n_true in (1, 2)
     for draws in ("replace", "unique")
     for hits in ("keephits", "drophits")
@@ -46,7 +49,8 @@ def losses_and_gradients(case: str, backend: str, rows: torch.Tensor, upstream: 
     hidden, weight, bias = (torch.from_numpy(DATA[name]).requires_grad_() for name in ("x", "weight", "bias"))
     sampled = values(case, "sampled")
     log_k = math.log(len(sampled))
-    losses = functional.nce_loss(
+    loss = getattr(functional, LOSSES[case.partition("_T")[0]])
+    losses = loss(
         hidden[rows], weight, values(case, "labels")[rows], noises.LogUniform(len(weight)), len(sampled), bias=bias,
         negatives=sampled,
         log_q=(values(case, "true_ec").log()[rows] - log_k, values(case, "sampled_ec").log() - log_k),
@@ -62,11 +66,13 @@ def assert_equal(got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 
 def test_the_fixture_has_the_rows_that_tell_the_cases_apart():
+    assert {name.partition("/")[0] for name in DATA.files} == {*CASES, "x", "weight", "bias"}
     for case in CASES:
         rows = rows_to_compare(case)
         assert rows.sum() >= 3
     hits = [case for case in CASES if (values(case, "labels")[:, :, None] == values(case, "sampled")).any()]
-    assert any(case.endswith("drophits") for case in hits)
+    for loss in LOSSES:
+        assert any(case.startswith(loss) and case.endswith("drophits") for case in hits)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,10 +97,11 @@ def test_table_gradients(case, backend):
         masked = {last.get(int(y)) for y in labels[row]}
         columns = [(int(y), values(case, "true_ec")[row, t], 1 / labels.shape[1]) for t, y in enumerate(labels[row])]
         columns += [(int(n), values(case, "sampled_ec")[j], 0) for j, n in enumerate(sampled) if j not in masked]
-        for y, expected_count, label in columns:
-            z = weight[y] @ hidden[row] + bias[y] - expected_count.log()
-            dz = (torch.sigmoid(z) - label) / batch
-            grad_weight[y] += dz * hidden[row]
-            grad_bias[y] += dz
+        classes, expected_counts, label = map(torch.tensor, zip(*columns, strict=True))
+        z = weight[classes] @ hidden[row] + bias[classes] - expected_counts.log()
+        probability = torch.sigmoid(z) if case.startswith("nce") else torch.softmax(z, 0)
+        dz = (probability - label) / batch
+        grad_weight.index_add_(0, classes, dz[:, None] * hidden[row])
+        grad_bias.index_add_(0, classes, dz)
     assert_equal(grad_weight, values(case, "gw"), "gradient of weight")
     assert_equal(grad_bias, values(case, "gb"), "gradient of bias")

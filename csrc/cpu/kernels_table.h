@@ -1,7 +1,7 @@
 // Instantiates the kernels for one instruction set; see kernels_<level>.cpp.
 #pragma once
 
-#include "../objective.h"
+#include "../example_objective.h"
 #include "kernels.h"
 #include "row_grad_kernel.h"
 #include "sample_kernel.h"

@@ -1,0 +1,392 @@
+"""The base of the noise distributions, and the laws that are given once: uniform, log-uniform, unigram."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nce_ext import _ops, reference
+
+MAX_CLASSES = 2**31 - 1
+# sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
+_DRAWS, _DRAWS_PER_ID = 2**22, 64
+
+
+class Noise(nn.Module):
+    """Base of the distributions over class ids 0 .. n_classes - 1. Use a subclass."""
+
+    kind: int
+    table: Tensor
+
+    def __init__(
+        self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.n_classes = check_n_classes(n_classes)
+        # A law in closed form keeps an empty table, which remembers the device that .to() chose.
+        entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
+        self.register_buffer("table", entries.to(device), persistent=table is not None)
+
+    def sample(
+        self, shape: int | Sequence[int], *, generator: torch.Generator | None = None, seed: Tensor | None = None
+    ) -> Tensor:
+        """Draw ids with replacement.
+
+        Equivalent to ``torch.multinomial(q, prod(shape), replacement=True).view(shape)`` at a cost that does not
+        depend on ``n_classes``. The last dimension of ``shape`` counts slots, the ones before it examples: the id at
+        (example, slot) depends on ``seed`` and on these two numbers only.
+
+        Args:
+            shape: of the result.
+            generator: draws the seed when none is given; on the module's device.
+            seed: int64 tensor of shape [2] on the module's device.
+
+        Returns:
+            int64 ids of that shape, on the module's device.
+
+        Raises:
+            TypeError, ValueError: a negative size; a seed of another dtype, shape or device.
+        """
+        sizes = tuple(operator.index(size) for size in ((shape,) if isinstance(shape, int) else shape))
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"shape must have sizes >= 0, got {sizes}")
+        device = self.table.device
+        seed = draw_seed(device, generator) if seed is None else check_seed(seed, device)
+        cols = sizes[-1] if sizes else 1
+        rows = math.prod(sizes[:-1])
+        if rows > 2**32 or cols > 2**32:
+            raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
+        return _ops.sample(self.kind, self.n_classes, self.table, seed, rows, cols).view(sizes)
+
+    def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Log-probability of drawing each id: of the law that ``sample`` realises, not of the one that was asked for.
+
+        Args:
+            ids: integer tensor of any shape, in 0 .. n_classes - 1.
+            dtype: torch.float32, or torch.float64 for the full precision of the law. For ``Unigram`` float64 reads
+                the whole table, so it costs O(n_classes).
+
+        Returns:
+            A tensor of the shape of ``ids``; -inf where the class is never drawn.
+
+        Raises:
+            TypeError, ValueError: ids that are not integers or are out of range; another dtype.
+        """
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        check_ids(ids, self.n_classes)
+        if dtype == torch.float64:
+            return self._log_prob64(ids.long())
+        return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
+
+    def sample_distinct(
+        self, k: int, *, generator: torch.Generator | None = None, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw until k different ids are found: sampling without replacement as TensorFlow does it.
+
+        Equivalent to reading ``sample(n, seed=seed)`` for a large n from its start up to the k-th id that has not
+        come before; a pure function of the seed. On CUDA it waits for the device, as nobody knows n beforehand: use
+        the distinct ids of a fixed number of draws and their ``log_inclusion`` where that must not be.
+
+        Args:
+            k: 0 .. the number of classes that can be drawn.
+            generator, seed: as in ``sample``.
+
+        Returns:
+            ids int64 [k] in the order of their first appearance, and the number of draws it took, an int64 scalar
+            tensor; both on the module's device.
+
+        Raises:
+            TypeError, ValueError: k is no int or out of range; a seed as ``sample`` refuses it.
+            RuntimeError: k ids were not found in max(2^22, 64 k) draws, since the rest are too improbable.
+        """
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {describe(k)}")
+        if not 0 <= k <= self.n_classes:
+            raise ValueError(f"k must be in 0 .. {self.n_classes} = n_classes, got {k}")
+        device = self.table.device
+        seed = draw_seed(device, generator) if seed is None else check_seed(seed, device)
+        return self._distinct(k, seed, max(16, 2 * k))
+
+    def _distinct(self, k: int, seed: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """sample_distinct by blocks: of ``block`` draws, then of twice as many from the first slot on, and so on."""
+        limit = max(_DRAWS, _DRAWS_PER_ID * k)
+        drawable = None
+        while True:
+            block = min(block, limit)
+            draws = self.sample(block, seed=seed)
+            values, order = torch.sort(draws, stable=True)
+            new = torch.ones_like(values, dtype=torch.bool)
+            new[1:] = values[1:] != values[:-1]
+            first = torch.sort(order[new]).values[:k]
+            if len(first) == k:
+                return draws[first], first[-1] + 1 if k else first.new_zeros(())
+            if drawable is None:
+                drawable = self._count_drawable()
+                if k > drawable:
+                    raise ValueError(f"k must be at most {drawable}, the classes that can be drawn, got {k}")
+            if block == limit:
+                raise RuntimeError(
+                    f"found {len(first)} different ids in {limit} draws, not {k}: the others are too improbable; "
+                    "ask for fewer, or use a flatter law (a lower power)"
+                )
+            block *= 2
+
+    def _count_drawable(self) -> int:
+        return self.n_classes
+
+    def log_inclusion(self, ids: Tensor, trials: int | Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Log-probability that each id is among ``trials`` draws with replacement: log(1 - (1 - q)^trials).
+
+        The exact correction for the distinct ids of ``sample(trials)``: 1[id was drawn] / inclusion(id) has mean 1.
+        Computed in float64, which keeps its digits for q near 0 and near 1. Waits for no device.
+
+        Args:
+            ids: integer tensor of any shape, in 0 .. n_classes - 1.
+            trials: number of draws >= 0, an int or an integer scalar tensor on the device of ``ids``.
+            dtype: as in ``log_prob``.
+
+        Returns:
+            A tensor of the shape of ``ids``; -inf where the class is never drawn, 0 where every draw is that class.
+
+        Raises:
+            TypeError, ValueError: as ``log_prob``; trials of another type, shape or device, or negative.
+        """
+        # For its float64 log q a table would be read as a whole; its float32 one is correctly rounded.
+        closed_form = dtype == torch.float32 and self.kind != reference.ALIAS
+        log_q = self.log_prob(ids, dtype=torch.float64 if closed_form else dtype).double()
+        _check_trials(trials, log_q.device)
+        missed = trials * log1mexp(log_q)
+        return log1mexp(torch.where(torch.isnan(missed), 0, missed)).to(dtype)  # 0 draws of a certain class: 0 * -inf
+
+    def log_expected_count_tf(
+        self, ids: Tensor, k: int, trials: int | Tensor, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Log of TensorFlow's expected count of each id among the k of ``sample_distinct``.
+
+        That is k q if trials == k, else 1 - (1 - q)^trials (``tf.random.log_uniform_candidate_sampler`` and its
+        like with ``unique=True``). It treats the number of draws as if it had been fixed before, so for probable
+        classes it is too large and can exceed 1. For parity only; ``log_inclusion`` for a fixed number is exact.
+
+        Args:
+            ids, trials, dtype: as in ``log_inclusion``; ``trials`` as ``sample_distinct`` returned it.
+            k: number of different ids that were sampled, >= 0.
+
+        Returns:
+            A tensor of the shape of ``ids``. Waits for no device.
+
+        Raises:
+            TypeError, ValueError: as ``log_inclusion``; k that is no int, or negative.
+        """
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {describe(k)}")
+        if k < 0:
+            raise ValueError(f"k must be >= 0, got {k}")
+        inclusion = self.log_inclusion(ids, trials, dtype=dtype)
+        count = self.log_prob(ids, dtype=dtype) + (math.log(k) if k else -math.inf)
+        if isinstance(trials, Tensor):
+            return torch.where(trials == k, count, inclusion)
+        return count if trials == k else inclusion
+
+    def probabilities(self) -> Tensor:
+        """The whole law: float64 [n_classes] on the module's device, at a cost of O(n_classes)."""
+        return torch.exp(self._log_prob64(torch.arange(self.n_classes, device=self.table.device)))
+
+    def _log_prob64(self, ids: Tensor) -> Tensor:
+        raise TypeError("Noise is a base class: use Uniform, LogUniform, Unigram, Mixture or Streaming")
+
+    def extra_repr(self) -> str:
+        return f"n_classes={self.n_classes}"
+
+
+class Uniform(Noise):
+    """Every class with probability 1 / n_classes.
+
+    Args:
+        n_classes: 1 .. 2^31 - 1.
+    """
+
+    kind = reference.UNIFORM
+
+    def __init__(self, n_classes: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__(n_classes, device=device)
+
+    def _log_prob64(self, ids: Tensor) -> Tensor:
+        return torch.full(ids.shape, -math.log(self.n_classes), dtype=torch.float64, device=ids.device)
+
+
+class LogUniform(Noise):
+    """Zipf-like noise for classes sorted by falling frequency: q(y) = log((y + 2) / (y + 1)) / log(n_classes + 1).
+
+    The law of TensorFlow's ``log_uniform_candidate_sampler``; it needs no table, whatever ``n_classes`` is.
+
+    Args:
+        n_classes: 1 .. 2^31 - 1.
+    """
+
+    kind = reference.LOG_UNIFORM
+
+    def __init__(self, n_classes: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__(n_classes, device=device)
+
+    def _log_prob64(self, ids: Tensor) -> Tensor:
+        return reference.log_q_log_uniform(self.n_classes, ids)
+
+
+class Table(Noise):
+    """A law with a probability of its own for every class, drawn from an alias table in constant time."""
+
+    kind = reference.ALIAS
+
+    def _count_drawable(self) -> int:
+        return int(torch.count_nonzero(~torch.isinf(self.table[:, 2].view(torch.float32))))
+
+    def _log_prob64(self, ids: Tensor) -> Tensor:
+        masses = reference.alias_masses(self.table)[ids].double()
+        return torch.log(masses) - math.log(self.n_classes * 2.0**32)
+
+
+class Unigram(Table):
+    """q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
+
+    The table holds integer masses that sum to exactly n_classes * 2^32, so the realised law is known exactly:
+    every class with a positive count has a mass of at least 1, and a class with count 0 is never drawn. A class
+    that is never drawn cannot be a target under a log q correction.
+
+    Args:
+        counts: frequencies of the classes, finite and >= 0, not all zero; a 1-D tensor, array or sequence of any
+            real dtype, with 1 .. 2^31 - 1 entries.
+        power: exponent, finite and >= 0. 0.75 is word2vec's; 1 is the data's own law; 0 is uniform over the classes
+            that occur.
+        device: where the table goes.
+
+    Raises:
+        TypeError, ValueError: counts that are not real numbers, or not as above; the message says which and where.
+    """
+
+    def __init__(self, counts: Any, power: float = 0.75, *, device: torch.device | str | None = None) -> None:
+        weights = check_counts(counts)
+        power = check_power(power)
+        super().__init__(len(weights), table_of(weights, power), device=device)
+        self.power = power
+
+    def extra_repr(self) -> str:
+        return f"n_classes={self.n_classes}, power={self.power:g}"
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed from torch's own random state: int64 [2]."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+
+
+def check_seed(seed: Tensor, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(seed)}")
+    if seed.device != device:
+        raise ValueError(f"seed must be on {device}, got {seed.device}")
+    if seed.shape != (2,):
+        raise ValueError(f"seed must have shape [2], got {list(seed.shape)}")
+    return seed
+
+
+def check_ids(ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
+    """The type always, the range on the CPU: on CUDA one would have to wait for it."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(ids)}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    if ignore_index is not None:
+        ids = torch.where(ids == ignore_index, 0, ids)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= n_classes:
+        otherwise = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+        raise ValueError(f"ids must be in 0 .. {n_classes - 1}{otherwise}, got {low if low < 0 else high}")
+
+
+def check_power(power: object) -> float:
+    if not isinstance(power, (int, float)) or not math.isfinite(power) or power < 0:
+        raise ValueError(f"power must be a finite number >= 0, got {power!r}")
+    return float(power)
+
+
+def describe(value: object) -> str:
+    """What a wrong argument is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x <= 0, to full relative precision at both ends."""
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def table_of(counts: Tensor, power: float) -> Tensor:
+    """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
+    return _ops.alias_table(*_unnormalised_law(counts, power))
+
+
+def _check_trials(trials: int | Tensor, device: torch.device) -> None:
+    integer = trials.dtype in (torch.int64, torch.int32) if isinstance(trials, Tensor) else type(trials) is not bool
+    if not integer or not isinstance(trials, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(trials)}")
+    if isinstance(trials, Tensor):
+        if trials.device != device:
+            raise ValueError(f"trials must be on {device}, got {trials.device}")
+        if trials.dim():
+            raise ValueError(f"trials must be a scalar, got shape {list(trials.shape)}")
+        if trials.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    if trials < 0:
+        raise ValueError(f"trials must be >= 0, got {int(trials)}")
+
+
+def check_n_classes(n_classes: int) -> int:
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int):
+        raise TypeError(f"n_classes must be an int, got {describe(n_classes)}")
+    if not 1 <= n_classes <= MAX_CLASSES:
+        raise ValueError(f"n_classes must be in 1 .. 2^31 - 1, got {n_classes}")
+    return n_classes
+
+
+def check_counts(counts: Any) -> Tensor:
+    try:
+        # numpy reads Python numbers as float64; torch would make them float32.
+        weights = torch.as_tensor(counts if isinstance(counts, Tensor) else np.asarray(counts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
+    if weights.is_complex() or weights.is_sparse:
+        raise TypeError(f"counts must be dense real numbers, got {describe(weights)}")
+    if weights.dim() != 1:
+        raise ValueError(f"counts must be 1-D, got shape {list(weights.shape)}")
+    if not 1 <= len(weights) <= MAX_CLASSES:
+        raise ValueError(f"counts must have 1 .. 2^31 - 1 entries, got {len(weights)}")
+    weights = weights.detach().to("cpu", torch.float64)
+    low, high = torch.aminmax(weights)  # NaN if any entry is
+    if not (torch.isfinite(high) and low >= 0):
+        bad = ~(torch.isfinite(weights) & (weights >= 0))
+        where = int(bad.nonzero()[0, 0])
+        raise ValueError(f"counts must be finite and >= 0, got {float(weights[where])} at index {where}")
+    if high == 0:
+        raise ValueError(f"counts must not all be zero, got {len(weights)} zeros")
+    return weights
+
+
+def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:
+    """float64 weights counts ** power, and the factor that makes them sum to V 2^32.
+
+    Counts are divided by their maximum first, so that no power overflows; what underflows is lifted to the smallest
+    normal number, since a class that occurs keeps a positive mass.
+    """
+    weights = (counts / counts.max()).pow_(power)
+    tiny = torch.finfo(torch.float64).tiny
+    if power == 0 or float(weights.min()) < tiny:
+        weights = torch.where(counts > 0, weights.clamp_min(tiny), 0)
+    total = float(weights.numpy().sum())  # pairwise, and in one order whatever the number of threads
+    return weights, len(weights) * 2.0**32 / total

@@ -1,0 +1,385 @@
+"""All pairs of two sets of vectors, a chunk of rows at a time: losses and gradients that never hold the B x M logits.
+
+A row is a query, its positive is the key of the same index, and the M columns are what it is told apart from. The
+gradient in the logits has a closed form, so a chunk yields loss and gradients at once: three matrix products, the rest
+in place.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nce_ext import _checks, _library
+
+
+class Options(NamedTuple):
+    """What is not a tensor."""
+
+    sigmoid: bool  # SigLIP's objective instead of InfoNCE's
+    in_batch: bool  # the other rows' keys are columns, before the explicit negatives
+    debias: float
+    total: bool  # the sum over rows instead of one loss a row
+    learns: bool
+    max_logits: int
+
+
+class Data(NamedTuple):
+    """What no gradient is taken of; one entry a row, or a column."""
+
+    ids: Tensor | None  # [B]
+    negative_ids: Tensor | None  # [K]
+    negative_mask: Tensor | None  # [K], False where a column is left out
+    log_q: Tensor | None  # [B]
+    negative_log_q: Tensor | None  # [K]
+    target: Tensor | None  # [B, B + K], or [B, 1 + K] without in_batch
+
+
+class Gradients(NamedTuple):
+    query: Tensor | None
+    key: Tensor | None
+    negatives: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+class Rows(NamedTuple):
+    """Of a chunk: the loss and its slopes. That in the logits is factor[:, None] * what is left in their place."""
+
+    loss: Tensor
+    factor: Tensor | None
+    positive: Tensor  # the slope in the positive's logit
+    extra: Tensor | None  # the slope in the scale that does not come by a logit (InfoNCE), in the bias (SigLIP)
+
+
+class Pairwise(torch.autograd.Function):
+    """Loss of float32 or float64 operands: their sum, or [B].
+
+    A sum has one number as its upstream gradient, so the gradients are made in the forward pass and multiplied by it in
+    backward: what is saved is of the operands' size. For [B] losses the upstream weighs every row on its own, and is
+    not known before backward, which then computes the chunks anew: four products instead of three, and the operands
+    are saved.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, negatives, scale, bias, *rest):  # type: ignore[override]
+        data, options = Data(*rest[:-1]), rest[-1]
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        operands = (query, key, negatives, scale, bias)
+        needs = tuple(ctx.needs_input_grad[:5]) if options.learns and options.total else (False,) * 5
+        losses, gradients = sweep(operands, data, options, needs, None)
+        ctx.save_for_backward(*(gradients if options.total else (*operands, *data)))
+        return losses.sum() if options.total else losses
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[override]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
+        nothing = (None,) * (len(Data._fields) + 1)
+        needs = tuple(ctx.needs_input_grad[:5])
+        if upstream is None:
+            return (None,) * 5 + nothing
+        if ctx.options.total:
+            gradients = Gradients(*(None if g is None else g * upstream for g in ctx.saved_tensors))
+        else:
+            saved = ctx.saved_tensors
+            _, gradients = sweep(saved[:5], Data(*saved[5:]), ctx.options, needs, upstream)
+        return (*gradients, *nothing)
+
+
+def sweep(
+    operands: tuple, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
+) -> tuple[Tensor, Gradients]:
+    """Losses [B], and the gradients in the operands that need one of sum(upstream * losses)."""
+    query, key, negatives, scale, bias = operands
+    needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
+    batch = query.shape[0]
+    columns, first_negative = _columns(key, negatives, options.in_batch)
+    shift, row_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
+
+    # Columns whose rows get a gradient: a queue of past keys needs none, and may be most of them.
+    lo = 0 if needs_key and options.in_batch else first_negative
+    hi = columns.shape[0] if needs_negatives else first_negative
+    losses = []
+    grad_query = torch.empty_like(query) if needs_query else None
+    grad_key = torch.empty_like(key) if needs_key else None
+    grad_columns = columns.new_zeros((hi - lo, columns.shape[1])) if hi > lo else None
+    grad_scale = scale.new_zeros(()) if needs_scale else None
+    grad_bias = bias.new_zeros(()) if needs_bias else None
+
+    enabled = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
+    with torch.autocast(query.device.type, enabled=False) if enabled else nullcontext():
+        for start, stop in chunks(batch, columns.shape[0], options.max_logits):
+            q, k = query[start:stop], key[start:stop]
+            scaled = q * scale
+            positive = (scaled * k).sum(1)
+            if row_shift is not None:
+                positive = positive + row_shift[start:stop]
+            z = scaled @ columns.T if shift is None else torch.addmm(shift, scaled, columns.T)
+            if options.sigmoid:
+                leave_out_(z, start, data, options.in_batch)
+                rows = _sigmoid(z, positive)
+            elif data.target is None:
+                leave_out_(z, start, data, options.in_batch)
+                rows = _softmax(z, positive, scale, options.debias)
+            else:
+                rows = _soft_labels(z, positive, start, data, options.in_batch)
+            losses.append(rows.loss)
+            if not any(needs):
+                continue
+
+            g = torch.ones_like(rows.loss) if upstream is None else upstream[start:stop]
+            if broken is not None:
+                g = torch.where(broken, 0, g)
+            weight = g if rows.factor is None else g * rows.factor
+            of_positive = g * rows.positive
+            if needs_query or needs_scale:
+                slope = (z @ columns).mul_(weight[:, None]).addcmul_(of_positive[:, None], k)
+                if grad_scale is not None:
+                    grad_scale += (q * slope).sum()
+                if grad_query is not None:
+                    grad_query[start:stop] = slope.mul_(scale)
+            if grad_key is not None:
+                grad_key[start:stop] = scaled * of_positive[:, None]
+            if grad_columns is not None:
+                grad_columns.addmm_(z[:, lo:hi].T, scaled * weight[:, None])
+            scalar = grad_bias if options.sigmoid else grad_scale
+            if rows.extra is not None and scalar is not None:
+                scalar += (g * rows.extra).sum()
+
+    result = torch.cat(losses) if losses else query.new_zeros((0,))
+    if broken is not None:
+        result = torch.where(broken, math.nan, result)
+    if grad_key is not None and grad_columns is not None and options.in_batch:
+        grad_key += grad_columns[:batch]
+    grad_negatives = None
+    if needs_negatives:
+        grad_negatives = torch.zeros_like(negatives) if grad_columns is None else grad_columns[first_negative - lo :]
+    return result, Gradients(grad_query, grad_key, grad_negatives, grad_scale, grad_bias)
+
+
+def chunks(batch: int, columns: int, max_logits: int) -> list[tuple[int, int]]:
+    """(start, stop) of the rows that are held at a time."""
+    rows = max(1, max_logits // max(1, columns))
+    return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
+    """-inf where a column is no negative of the row: the positive, the same id, and what the mask leaves out."""
+    if in_batch:
+        z.diagonal(start).fill_(-math.inf)
+    stop = start + z.shape[0]
+    if data.ids is not None:
+        column_ids = data.ids if in_batch else data.ids[:0]
+        if data.negative_ids is not None:
+            column_ids = torch.cat([column_ids, data.negative_ids])
+        same = data.ids[start:stop, None] == column_ids
+        z[:, : same.shape[1]].masked_fill_(same, -math.inf)
+    if data.negative_mask is not None:
+        z[:, z.shape[1] - data.negative_mask.shape[0] :].masked_fill_(~data.negative_mask, -math.inf)
+
+
+def negatives_of_each_row(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
+    """How many columns are negatives of the row, [B]."""
+    columns = (key.shape[0] if options.in_batch else 0) + (0 if negatives is None else negatives.shape[0])
+    counts = [query.new_zeros((0,))]
+    for start, stop in chunks(query.shape[0], columns, options.max_logits):
+        z = query.new_zeros((stop - start, columns))
+        leave_out_(z, start, data, options.in_batch)
+        counts.append((z == 0).sum(1, dtype=query.dtype))
+    return torch.cat(counts)
+
+
+def check(query: object, key: object, negatives: object, data: Data, in_batch: bool) -> None:
+    """All but values, in the order device, dtype, layout, rank, size."""
+    _checks.tensor("query", query, _checks.FLOATS)
+    assert isinstance(query, Tensor)
+    for name, vectors in (("key", key), ("negatives", negatives)):
+        if vectors is None and name == "negatives":
+            continue
+        _on_device(name, vectors, query)
+        _checks.tensor(name, vectors, _checks.FLOATS)
+        assert isinstance(vectors, Tensor)
+        if (query.dtype == torch.float64) != (vectors.dtype == torch.float64):
+            raise TypeError(f"query and {name} must both be float64 or neither, got {query.dtype} and {vectors.dtype}")
+    if query.dim() != 2 or query.shape[1] < 1:
+        raise ValueError(f"query must be [B, D] with D >= 1, got shape {list(query.shape)}")
+    assert isinstance(key, Tensor)
+    batch, dim = query.shape
+    if key.shape != query.shape:
+        raise ValueError(f"key must have query's shape {[batch, dim]}, got {list(key.shape)}")
+    extra = None
+    if isinstance(negatives, Tensor):
+        if negatives.dim() != 2 or negatives.shape[1] != dim:
+            raise ValueError(f"negatives must be [K, {dim}] for query's D = {dim}, got shape {list(negatives.shape)}")
+        extra = negatives.shape[0]
+
+    integers = (torch.int64, torch.int32)
+    columns = (batch if in_batch else 1) + (extra or 0)
+    for name, value, dtypes, shape in (
+        ("ids", data.ids, integers, (batch,)),
+        ("negative_ids", data.negative_ids, integers, (extra,)),
+        ("negative_mask", data.negative_mask, (torch.bool,), (extra,)),
+        ("log_q", data.log_q, _checks.FLOATS, (batch,)),
+        ("negative_log_q", data.negative_log_q, _checks.FLOATS, (extra,)),
+        ("target", data.target, _checks.FLOATS, (batch, columns)),
+    ):
+        if value is not None:
+            if extra is None and name.startswith("negative"):
+                raise ValueError(f"{name} must be None without negatives, got a tensor")
+            check_data(name, value, query, dtypes, shape)
+    if data.negative_ids is not None and data.ids is None:
+        raise ValueError("ids must be given with negative_ids, to which they are compared, got None")
+    if extra is not None and (data.log_q is None) != (data.negative_log_q is None):
+        missing, given = ("log_q", "negative_log_q")[:: 1 if data.log_q is None else -1]
+        raise ValueError(f"{missing} must be given with {given}, as all columns are compared, got None")
+
+
+def check_data(name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
+    _on_device(name, value, query)
+    _checks.tensor(name, value, dtypes)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} for query {list(query.shape)}, got {list(value.shape)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient (none is taken of it), got one that does; use {name}.detach()"
+        )
+
+
+def _on_device(name: str, value: object, query: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
+
+
+def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log_q: str = "log_q") -> None:
+    """On the CPU always, on CUDA under set_debug(True), while tracing never (the losses are NaN then)."""
+    if torch.compiler.is_compiling() or not (query.device.type == "cpu" or _library.debug_enabled()):
+        return
+    for name, value in ((log_q, data.log_q), ("negative_log_q", data.negative_log_q)):
+        if value is not None and not torch.isfinite(value).all():
+            where = (~torch.isfinite(value)).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {value[tuple(where)].item()} at index {where}")
+    if data.target is not None:
+        bad = _bad_label(data.target, data, in_batch, max_logits)
+        if bad is not None:
+            raise ValueError(f"target must be {bad[0]} at index {bad[1]}")
+
+
+def _bad_label(target: Tensor, data: Data, in_batch: bool, max_logits: int) -> tuple[str, list[int]] | None:
+    """What the first label without meaning must be, and its index."""
+    own = 0 if in_batch else 1
+    for start, stop in chunks(target.shape[0], target.shape[1], max_logits):
+        labels = target[start:stop]
+        bad = ~((labels >= 0) & (labels < math.inf))
+        wanted = "finite and >= 0"
+        if not bad.any():
+            z = labels.new_zeros((stop - start, target.shape[1] - own))
+            leave_out_(z, start, data, in_batch)
+            if in_batch:
+                z.diagonal(start).zero_()
+            bad = torch.cat([labels[:, :own] != labels[:, :own], (z != 0) & (labels[:, own:] != 0)], 1)
+            wanted = "0 where ids or negative_mask leave a column out"
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            return f"{wanted}, got {labels[row, column].item():g}", [start + row, column]
+    return None
+
+
+def _columns(key: Tensor, negatives: Tensor | None, in_batch: bool) -> tuple[Tensor, int]:
+    """The columns [M, D], and where the explicit negatives begin."""
+    if negatives is None:
+        return key, key.shape[0]
+    return (torch.cat([key, negatives]), key.shape[0]) if in_batch else (negatives, 0)
+
+
+def _shifts(
+    data: Data, bias: Tensor | None, columns: Tensor, batch: int, in_batch: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is added to a column's logit and to a positive's, and whether some log q leaves the loss without meaning."""
+    if bias is not None:
+        return bias.expand(columns.shape[0]), bias.expand(batch), None
+    if data.log_q is None:
+        return None, None, None
+    parts = [t.to(columns.dtype) for t in (data.log_q, data.negative_log_q) if t is not None]
+    broken = ~torch.stack([torch.isfinite(part).all() for part in parts]).all()
+    parts = [-torch.nan_to_num(part, 0.0, 0.0, 0.0) for part in parts]
+    return torch.cat(parts if in_batch else parts[1:]), parts[0], broken
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # Beyond 40 the difference to x is below float64's rounding.
+    return F.softplus(x, threshold=40)
+
+
+def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z - m) in place of z, exp(positive - m), and m: the largest of a row, so that the sum is at least 1."""
+    largest = torch.maximum(z.amax(1), positive) if z.shape[1] else positive
+    if floor is not None:
+        largest = torch.maximum(largest, floor)
+    z.sub_(largest[:, None]).exp_()
+    return z, (positive - largest).exp(), largest
+
+
+def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
+    """softplus(log(mass of the negatives) - positive): no cancellation however small the loss."""
+    if not debias:
+        e, p, largest = _shifted_exp_(z, positive)
+        mass = e.sum(1)
+        total = p + mass
+        return Rows(_softplus(mass.log() + (largest - positive)), total.reciprocal(), -mass / total, None)
+
+    count = (z > -math.inf).sum(1, dtype=z.dtype)
+    e, p, largest = _shifted_exp_(z, positive, torch.where(count > 0, -scale, -math.inf))
+    among = count * debias * p  # the positives that hide among the negatives
+    estimate = (e.sum(1) - among) / (1 - debias)
+    floor = torch.where(count > 0, count * (-scale - largest).exp(), 0)
+    floored = estimate <= floor
+    mass = torch.where(floored, floor, estimate)
+    total = p + mass
+    return Rows(
+        loss=_softplus(mass.log() + (largest - positive)),
+        factor=torch.where(floored, 0, 1 / ((1 - debias) * total)),
+        positive=-(torch.where(floored, 0, among / (1 - debias)) + mass) / total,
+        extra=torch.where(floored, -floor / total, 0),
+    )
+
+
+def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> Rows:
+    """sum_j t_j (logsumexp(z) - z_j); NaN and slope 0 where the labels have no meaning."""
+    assert data.target is not None
+    labels = data.target[start : start + z.shape[0]].to(z.dtype, copy=True)
+    if in_batch:
+        of_positive = labels.diagonal(start).clone()
+        labels.diagonal(start).zero_()
+    else:
+        of_positive, labels = labels[:, 0], labels[:, 1:]
+    # Before -inf is written, which a label of 0 would turn into NaN.
+    logits = (labels * z).sum(1)
+    leave_out_(z, start, data, in_batch)
+    bad = ~((labels >= 0) & (labels < math.inf) & ((labels == 0) | (z > -math.inf))).all(1)
+    bad |= ~((of_positive >= 0) & (of_positive < math.inf))
+    labels = labels.masked_fill(bad[:, None], 0)
+    of_positive = of_positive.masked_fill(bad, 0)
+    of_negatives = labels.sum(1)
+
+    e, p, largest = _shifted_exp_(z, positive)
+    mass = e.sum(1)
+    total = p + mass
+    loss = of_positive * _softplus(mass.log() + (largest - positive))
+    loss = loss + of_negatives * (total.log() + largest) - logits
+    e.mul_(((of_positive + of_negatives) / total)[:, None]).sub_(labels)
+    slope = (of_negatives * p - of_positive * mass) / total
+    return Rows(loss.masked_fill(bad, math.nan), None, slope, None)
+
+
+def _sigmoid(z: Tensor, positive: Tensor) -> Rows:
+    loss = _softplus(-positive) + _softplus(z).sum(1)
+    slope = -torch.sigmoid(-positive)
+    z.sigmoid_()
+    return Rows(loss, None, slope, z.sum(1) + slope)

@@ -1,0 +1,189 @@
+"""A law whose frequencies are estimated from the stream of training batches."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nce_ext._laws import Table, check_ids, check_n_classes, check_power, describe, table_of
+
+
+class Streaming(Table):
+    """Frequencies of classes estimated batch by batch, for data whose counts are unknown or drift.
+
+        noise = nce_ext.noise.Streaming(n_classes, half_life=1000)
+        for step, (x, target) in enumerate(batches):
+            noise.update(target)
+            log_q = noise.log_frequency(target)          # in-batch softmax: the newest estimate
+            if step % 1000 == 0:
+                noise.rebuild()                          # sampled negatives: a law that is fixed meanwhile
+
+    ``update`` and ``log_frequency`` cost what they touch, whatever ``n_classes`` is, and wait for no device.
+    ``sample`` and ``log_prob`` use the law of the last ``rebuild()``, the uniform one before the first, because a
+    correction must be of the law that was drawn from. The law is the estimate to the power ``power``, normalised.
+
+    ``estimator="counts"``: how often a class occurs per example, from counts that decay with the batches:
+
+        c <- 2^(-1 / half_life) c + occurrences in the batch;  p = (c + prior / n_classes) / (sum of c + prior)
+
+    With a constant law its mean is exact but for the prior, also where a class occurs many times in a batch.
+
+    ``estimator="interval"``: in which share of the batches a class occurs, from the time between them (Yi et al.,
+    "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019, with an entry for
+    every class in place of hashing). In batch t, for every class in it,
+
+        B <- (1 - rate) B + rate (t - A);  A <- t;  p = 1 / B
+
+    where the first occurrence sets B = t. However often a class is in one batch it counts once there, so p
+    saturates at 1: classes that are in every batch get one and the same p, whatever their frequencies are. For them
+    take "counts". The mean of B is 1 / p; that of 1 / B is above p by about rate / 2 of it. B changes only when the
+    class occurs, so a class that has gone keeps its p; "counts" forgets it.
+
+    All state is in ``state_dict``: 16 bytes per class beside the alias table, integers so that ``.half()`` does not
+    round them.
+
+    Args:
+        n_classes: 1 .. 2^31 - 1.
+        estimator: "counts" or "interval".
+        half_life: for "counts", the batches after which an occurrence weighs half; > 0, math.inf for plain counts.
+        rate: for "interval", the weight of the newest interval, in (0, 1].
+        prior: for "counts", examples that were seen in advance, spread evenly over the classes; finite and > 0. It
+            keeps the frequency of an unseen class above 0.
+        power: exponent of the sampling law, finite and >= 0.
+        device: where the state goes.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above.
+    """
+
+    values: Tensor
+    last_step: Tensor
+    step: Tensor
+    total: Tensor
+
+    def __init__(
+        self,
+        n_classes: int,
+        *,
+        estimator: str = "counts",
+        half_life: float = 1000.0,
+        rate: float = 0.05,
+        prior: float = 1.0,
+        power: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        check_n_classes(n_classes)
+        if estimator not in ("counts", "interval"):
+            raise ValueError(f"estimator must be 'counts' or 'interval', got {estimator!r}")
+        _check_number("half_life", half_life, "> 0", math.inf)
+        _check_number("rate", rate, "in (0, 1]", 1.0)
+        _check_number("prior", prior, "finite and > 0", torch.finfo(torch.float64).max)
+        check_power(power)
+        super().__init__(n_classes, table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
+        self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
+        self.prior, self.power = float(prior), float(power)
+        # One entry more than classes, which takes what is ignored. Float64 numbers are kept as their bits.
+        self.register_buffer("values", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
+        self.register_buffer("last_step", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
+        self.register_buffer("total", torch.zeros(1, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def update(self, ids: Tensor, *, ignore_index: int = -100) -> None:
+        """Learn from one batch; the time of both estimators counts these calls, empty batches too.
+
+        Args:
+            ids: classes that occurred, with their repetitions; an integer tensor of any shape on the module's device.
+            ignore_index: entries of this value are padding. (On CUDA, where no value can be looked at without
+                waiting, every id out of range is.)
+
+        Raises:
+            TypeError, ValueError: ids that are not integers, are on another device or out of range.
+        """
+        check_ids(ids, self.n_classes, ignore_index)
+        self._check_device(ids)
+        slots = self._slots(ids.flatten())
+        self.step += 1
+        values, total = self.values.view(torch.float64), self.total.view(torch.float64)
+        elapsed = self.step - self.last_step[slots]
+        # Repetitions of an id write the same value, so that no order of writing matters.
+        if self.estimator == "counts":
+            values[slots] = values[slots] * self._decay(elapsed)
+            values.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float64))
+            total *= self._decay(torch.ones_like(self.step))
+            total += (slots < self.n_classes).sum()
+        else:
+            first = (self.last_step[slots] == 0).double()
+            rate = self.rate + (1 - self.rate) * first
+            values[slots] = (1 - rate) * values[slots] + rate * elapsed
+        self.last_step[slots] = self.step
+
+    @torch.no_grad()
+    def log_frequency(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Log of the current estimate p of each id, for the log q correction of an in-batch softmax.
+
+        With "counts" the p of all classes sum to 1. With "interval" p is per batch, so larger by about the batch
+        size as long as it is far from 1; a softmax does not see such a constant. A class that has not been seen in t
+        batches has p = prior / n_classes / (sum of c + prior) with "counts", and 1 / (t + 1) with "interval".
+
+        Args:
+            ids: integer tensor of any shape, in 0 .. n_classes - 1, on the module's device.
+            dtype: torch.float32 or torch.float64.
+
+        Returns:
+            A tensor of the shape of ``ids``, finite and <= 0; NaN for ids out of range on CUDA.
+
+        Raises:
+            TypeError, ValueError: ids as in ``update`` or out of range; another dtype.
+        """
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        check_ids(ids, self.n_classes)
+        self._check_device(ids)
+        slots = self._slots(ids)
+        return torch.where(slots < self.n_classes, self._log_estimate(slots), torch.nan).to(dtype)
+
+    @torch.no_grad()
+    def rebuild(self) -> None:
+        """Make the current estimate, to the power ``power``, the law of ``sample`` and ``log_prob``.
+
+        Costs O(n_classes) and waits for the device; the table is built on the CPU and written in place. A class that
+        was never seen keeps a positive probability.
+        """
+        log_p = self._log_estimate(torch.arange(self.n_classes, device=self.table.device))
+        self.table.copy_(table_of(torch.exp(log_p).cpu(), self.power))
+
+    def _log_estimate(self, slots: Tensor) -> Tensor:
+        values, elapsed = self.values.view(torch.float64)[slots], self.step - self.last_step[slots]
+        if self.estimator == "interval":
+            return -torch.log(torch.where(self.last_step[slots] == 0, (self.step + 1).double(), values))
+        share = values * self._decay(elapsed) + self.prior / self.n_classes
+        return torch.log(share / (self.total.view(torch.float64) + self.prior)).clamp_max(0)
+
+    def _decay(self, elapsed: Tensor) -> Tensor:
+        """What is left of a count after so many batches."""
+        return torch.exp2(elapsed.double() * (-1 / self.half_life))
+
+    def _slots(self, ids: Tensor) -> Tensor:
+        ids = ids.long()
+        return torch.where((ids >= 0) & (ids < self.n_classes), ids, self.n_classes)
+
+    def _check_device(self, ids: Tensor) -> None:
+        if ids.device != self.table.device:
+            raise ValueError(f"ids must be on the module's device {self.table.device}, got {ids.device}")
+
+    def extra_repr(self) -> str:
+        if self.estimator == "counts":
+            option = f"half_life={self.half_life:g}, prior={self.prior:g}"
+        else:
+            option = f"rate={self.rate:g}"
+        return f"n_classes={self.n_classes}, estimator={self.estimator!r}, {option}, power={self.power:g}"
+
+
+def _check_number(name: str, value: object, allowed: str, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not 0 < value <= high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
