@@ -68,7 +68,7 @@ NCE_HD void add(ExponentSum<Real>& sum, Real exponent) {
 
 template <class Real>
 NCE_HD Real log_of(const ExponentSum<Real>& sum) {
-  return sum.weight > Real(0) ? sum.max + natural_log(sum.weight) : -infinity_of<Real>();
+  return sum.weight == Real(0) ? -infinity_of<Real>() : sum.max + natural_log(sum.weight);  // NaN stays NaN
 }
 
 // Everything that must be summed over an example's columns before loss and gradient are known.
@@ -104,7 +104,7 @@ NCE_HD Normaliser<Real> normalise(const Objective& objective, const ExampleSums<
                                   bool uniform_labels, Real log_not_target) {
   Normaliser<Real> n{};
   n.max = sums.negatives.max;
-  const Real inverse = sums.negatives.weight > Real(0) ? Real(1) / sums.negatives.weight : Real(0);
+  const Real inverse = sums.negatives.weight == Real(0) ? Real(0) : Real(1) / sums.negatives.weight;
   if (objective.kind == ObjectiveKind::kAdversarial) {
     n.loss = sums.target_loss + sums.negative_value * inverse;
     n.scale = inverse;

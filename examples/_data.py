@@ -50,9 +50,8 @@ def require(module: str, command: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise
-        raise DataError(f"{module.partition('.')[0]} is not installed: {command}") from None
+        missing = (error.name or module).partition(".")[0]
+        raise DataError(f"{missing} is not installed: {command}") from None
 
 
 def find_file(name: str, command: str, *, data: Path | None = None, system: str = "", wheel: str = "") -> Path:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Link prediction on WordNet: one ComplEx model, trained by three losses for the same time.
 
-``python examples/knowledge_graph.py`` takes about three minutes on two cores. Given (dog, hypernym, ?) the model ranks all
-entities; the score of an entity t is <hidden, entities[t]>, so the entity table is the output layer of the loss.
+``python examples/knowledge_graph.py`` takes about three minutes on two cores. Asked for (dog, hypernym, ?), the model
+ranks all entities; the score of t is <hidden, entities[t]>, so the table of entities is the output layer of the loss.
 """
 
 from __future__ import annotations
@@ -109,16 +109,15 @@ def load(data: Path | None, seed: int, held_out: int = HELD_OUT) -> Graph:
     for i in np.random.default_rng(seed).permutation(len(ordered)):
         pair = list(ordered[i])
         part = next((part for part in ("valid", "test") if len(parts[part]) < held_out), "train")
-        if part != "train" and degree[pair].min() > 1:
-            degree[pair] -= 1
-        else:
+        if degree[pair].min() < 2:
             part = "train"
+        degree[pair] -= part != "train"
         parts[part] += pairs[ordered[i]]
 
     appear = np.flatnonzero(degree)
     new_id = torch.full((len(names),), -1)
     new_id[appear] = torch.arange(len(appear))
-    tensors = {part: torch.tensor(triples).view(-1, 3) for part, triples in parts.items()}
+    tensors = {part: torch.tensor(triples, dtype=torch.int64).view(-1, 3) for part, triples in parts.items()}
     for triples_of_part in tensors.values():
         triples_of_part[:, [0, 2]] = new_id[triples_of_part[:, [0, 2]]]
     one_way = [relation for relation, symbol in enumerate(RELATIONS) if symbol not in SYMMETRIC]

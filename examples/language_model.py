@@ -7,12 +7,12 @@ train the same model, and the exact perplexity of text that none has seen says h
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from torch.nn import functional as F
 
 import nce_ext
 
+LOSSES = ("NCE", "sampled softmax", "full softmax")
 DIM = 256
 NEGATIVES = 1024  # one set for all words of a batch: at this size their scores are one small matrix product
 ROWS, STEPS = 64, 20  # words a batch: parallel streams of text, and the length of back-propagation through time
 FULL_SOFTMAX_ROWS = 16  # it ends better with more, smaller steps: their cost grows with the words, not with the steps
-LEARNING_RATE = 4e-3
-HELD_OUT_WORDS = 6_000
+LEARNING_RATE = 8e-3
+HELD_OUT_WORDS, HELD_OUT_ROWS = 6_000, 20
 EVALUATIONS = 6
 
 
@@ -65,7 +66,7 @@ class LanguageModel(nn.Module):
 
 
 def stream(text: Text, end: int, rows: int, rng: np.random.Generator | None = None) -> Tensor:
-    """The paragraphs (in random order, if there is an rng), each closed by ``end``, as [words, rows] of parallel text."""
+    """Paragraphs (in random order, if there is an rng), each closed by ``end``, as parallel text [words, rows]."""
     if rng is not None:
         text = text.select(rng.permutation(len(text.bounds) - 1))
     words = np.insert(text.words, text.bounds[1:], end)
@@ -93,14 +94,13 @@ class Result:
     log_z: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
-def train(name: str, corpus: Corpus, counts: np.ndarray, seconds: float, seed: int) -> Result:
+def train(name: str, corpus: Corpus, held_out: Tensor, counts: np.ndarray, seconds: float, seed: int) -> Result:
     """Train for this long; evaluations do not count. The learning rate falls to 0 over the time."""
     torch.manual_seed(seed)
     model = LanguageModel(output_layer(name, counts))
     # Dense gradients and Adam: the tied table gets a gradient as the input too, and momentum is worth more here than
     # steps that touch few rows. With ten times the vocabulary, sparse=True and SparseAdam would be the choice.
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    held_out = stream(corpus.held_out, len(corpus.vocabulary), 20)[: HELD_OUT_WORDS // 20 + 1]
     rows = FULL_SOFTMAX_ROWS if name == "full softmax" else ROWS
     result, state = Result(name), None
 
@@ -138,28 +138,47 @@ def train(name: str, corpus: Corpus, counts: np.ndarray, seconds: float, seed: i
 
 
 def report(results: list[Result]) -> None:
-    print(f"\n{'':15}  words/s  updates  words seen  perplexity  log Z (spread)")
+    print(f"\n{'':17}{'words/s':>8}{'updates':>9}{'words read':>12}{'perplexity':>12}{'log Z':>8} (spread)")
+    print(f"{'word frequencies':17}{'':29}{results[0].curve[0][1]:12.1f}")
     for result in results:
         print(
-            f"{result.name:15} {result.words / result.seconds:8,.0f} {result.updates:8,} {result.words:11,} "
-            f"{result.curve[-1][1]:11.1f}  {result.log_z.mean():+5.2f} ({result.log_z.std():.2f})"
+            f"{result.name:17}{result.words / result.seconds:8,.0f}{result.updates:9,}{result.words:12,}"
+            f"{result.curve[-1][1]:12.1f}{result.log_z.mean():+8.2f} ({result.log_z.std():.2f})"
         )
 
 
+def draw(pyplot: ModuleType, path: Path, results: list[Result]) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for result in results:
+        axes.plot(*zip(*result.curve, strict=True), marker="o", markersize=3, label=result.name)
+    axes.set(xlabel="training time (s)", ylabel="held-out perplexity", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], seconds=60).parse_args()
+    options = parser(__doc__.partition("\n")[0], seconds=60).parse_args()
     pyplot = prepare(options.output)
     if options.data is not None:
-        sys.path.insert(0, str(options.data))
+        sys.path.insert(0, str(options.data))  # the dictionary is looked for as a package
     try:
         corpus = load(None, min_count=5)
     except CorpusError as error:
         raise DataError(error) from None
-    counts = np.append(corpus.counts, len(corpus.train.bounds) - 1)
-    results = [
-        train(name, corpus, counts, options.seconds, options.seed) for name in ("NCE", "sampled softmax", "full softmax")
-    ]
+    counts = np.append(corpus.counts, len(corpus.train.bounds) - 1)  # the last word is the end of a paragraph
+    held_out = stream(corpus.held_out, len(corpus.vocabulary), HELD_OUT_ROWS)[: HELD_OUT_WORDS // HELD_OUT_ROWS + 1]
+    print(
+        f"{corpus.name}: {counts.sum():,} words to train on, {len(counts):,} different; {options.seconds:g} s for each "
+        f"loss; exact perplexity of {held_out[1:].numel():,} held-out words",
+        flush=True,
+    )
+    results = [train(name, corpus, held_out, counts, max(options.seconds, 0.01), options.seed) for name in LOSSES]
     report(results)
+    path = options.output / "language_model.png"
+    draw(pyplot, path, results)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nce_ext
+from nce_ext.contrastive import InfoNCELoss
 
 INSTALL = "pip install --no-deps recbole==1.2.1"
-DIM, LAYERS, HEADS, DROPOUT = 64, 2, 2, 0.3
+DIM, LAYERS, HEADS, DROPOUT = 64, 1, 2, 0.3
 LENGTH = 50  # films of a user's history that the model sees
 BATCH = 32  # histories
 NEGATIVES = 256  # one set for all films of a batch
@@ -76,11 +77,11 @@ class SASRec(nn.Module):
 
 
 class InBatchLoss(nn.Module):
-    """InfoNCE: the negatives of a position are the targets of all others. ``log_q`` [n_items] corrects for popularity."""
+    """The targets of all other positions as negatives; ``log_q`` [n_items] corrects for how often an item is one."""
 
     def __init__(self, weight: Tensor, log_q: Tensor | None = None) -> None:
         super().__init__()
-        self.loss, self.weight, self.log_q = nce_ext.InfoNCELoss(temperature=1.0), weight, log_q
+        self.loss, self.weight, self.log_q = InfoNCELoss(temperature=1.0), weight, log_q
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         counted = target != IGNORE
@@ -206,18 +207,19 @@ def draw(pyplot: ModuleType, path: Path, results: list[Result]) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0], epochs=30).parse_args()
+    options = parser(__doc__.partition("\n")[0], epochs=30).parse_args()
     pyplot = prepare(options.output)
-    path = find_file("ml-100k.inter", INSTALL, data=options.data, wheel="recbole/dataset_example/ml-100k")
-    histories, n_items = read_histories(path)
+    ratings = find_file("ml-100k.inter", INSTALL, data=options.data, wheel="recbole/dataset_example/ml-100k")
+    histories, n_items = read_histories(ratings)
     counts = torch.bincount(torch.from_numpy(np.concatenate([h[:-2] for h in histories])), minlength=n_items)
     print(f"MovieLens-100k: {len(histories)} users, {n_items:,} films, {counts.sum():,} choices to train on")
     results = [train(name, make, histories, n_items, options) for name, make in losses(counts).items()]
     curve = [ndcg(popularity(counts, histories, -2))] * options.epochs
     results.append(Result("popularity", popularity(counts, histories, -1), curve=curve))
     report(results)
-    draw(pyplot, options.output / "recommender.png", results)
-    print(f"\nplot: {options.output / 'recommender.png'}")
+    path = options.output / "recommender.png"
+    draw(pyplot, path, results)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,8 @@ class _Moments:
 
 
 def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    """The sum of squares, in float64, without a float64 copy of the whole."""
+    return sum(float(part.double().square().sum()) for part in values.flatten().split(2**20))
 
 
 def _sampled(

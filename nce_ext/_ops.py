@@ -5,6 +5,7 @@ Nothing else in the package touches ``torch.ops``. Schemas are in csrc/ops.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nce_ext import _library, reference
+
+_registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]
 
 
 def sample(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols: int) -> Tensor:
@@ -35,6 +38,31 @@ DENSE, COALESCED, PADDED = 0, 1, 2
 def sampled_loss(*args: Any) -> Tensor:
     """Per-example loss [B] of the fused operator; arguments as in its schema."""
     return torch.ops.nce_ext.sampled_loss(*args)[0]
+
+
+def shared_loss(*args: Any) -> Tensor:
+    """Loss over shared negatives, [B], or [1] with row_scale; arguments as in its schema."""
+    return torch.ops.nce_ext.shared_loss(*args)[0]
+
+
+def shared_loss_(*args: Any) -> tuple[Tensor, ...]:
+    """What stands between the matrix products of shared_loss; arguments as in its schema."""
+    return torch.ops.nce_ext.shared_loss_(*args)
+
+
+def row_grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.nce_ext.row_grad(*args)
+
+
+def row_grad_dense(*args: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.nce_ext.row_grad_dense(*args)
+
+
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Make a Python function the operator's kernel, for every device that has compiled ones."""
+    if _registered:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"nce_ext::{name}", device, function)
 
 
 def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:
@@ -93,7 +121,7 @@ def _fake_alias_table(weights, scale):
     return weights.new_empty((weights.shape[0], 4), dtype=torch.int32)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -104,7 +132,7 @@ def _fake_sampled_loss(
 ):  # fmt: skip
     batch, dim = hidden.shape
     columns = target.shape[1] + num_negatives
-    compute = _compute_dtype(weight.dtype)
+    compute = compute_dtype(weight.dtype)
     rows = batch if needs_row_grad or (objective != reference.BINARY and needs_hidden_grad) else 0
     return (
         hidden.new_empty((batch,), dtype=compute),
@@ -120,10 +148,65 @@ def _fake_scatter_sgd_(
     learning_rate,
 ):  # fmt: skip
     batch, dim = hidden.shape
-    compute = _compute_dtype(weight.dtype)
+    compute = compute_dtype(weight.dtype)
     return (
         hidden.new_empty((batch,), dtype=compute),
         hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
+    )
+
+
+def _fake_shared_loss_(
+    logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits, row_scale, offset,
+    uniform_labels, mean_candidates, n_draws, ignore_index, objective, positive_weight, label_smoothing, temperature,
+    correct_positive, needs_derivatives, needs_hidden_grad,
+):  # fmt: skip
+    (batch, dim), n_targets = hidden.shape, target.shape[1]
+    rows = batch if needs_derivatives else 0
+    return (
+        logits.new_empty((batch,)),
+        target.new_empty((rows, n_targets), dtype=torch.int32),
+        logits.new_empty((rows, n_targets)),
+        logits.new_empty((rows if needs_hidden_grad else 0, dim)),
+        logits.new_empty((rows,)),
+    )
+
+
+def _fake_shared_loss(
+    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset, remove_hits,
+    uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
+    correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
+):  # fmt: skip
+    (batch, dim), n_targets, k = hidden.shape, target.shape[1], negatives.shape[0]
+    compute = compute_dtype(weight.dtype)
+    examples = batch if needs_hidden_grad or needs_row_grad else 0
+    columns = k if needs_row_grad and row_scale is not None else 0
+    return (
+        hidden.new_empty((batch if row_scale is None else 1,), dtype=compute),
+        target.new_empty((examples, n_targets), dtype=torch.int32),
+        hidden.new_empty((examples, n_targets), dtype=compute),
+        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
+        target.new_empty((k if needs_row_grad else 0,)),
+        hidden.new_empty((columns, dim), dtype=compute),
+        hidden.new_empty((columns,), dtype=compute),
+        hidden.new_empty((batch if needs_row_grad and row_scale is None else 0, k), dtype=compute),
+        hidden.new_empty((examples,), dtype=compute),
+    )
+
+
+def _fake_shared_row_grad(
+    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows, with_bias,
+    gradient_layout,
+):  # fmt: skip
+    if gradient_layout == DENSE:
+        unique, n = 0, n_classes
+    elif gradient_layout == PADDED:
+        unique = n = torch.sym_min(target_ids.numel(), n_classes) + classes.shape[0]
+    else:
+        unique = n = torch.library.get_ctx().new_dynamic_size()
+    return (
+        classes.new_empty((unique,)),
+        hidden.new_empty((n if with_rows else 0, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty((n if with_bias else 0,), dtype=dtype),
     )
 
 
@@ -141,6 +224,11 @@ def _fake_row_grad_dense(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_
         hidden.new_empty((n_classes if with_rows else 0, hidden.shape[1]), dtype=dtype),
         hidden.new_empty((n_classes if with_bias else 0,), dtype=dtype),
     )
+
+
+NO_DOUBLE_BACKWARD = (
+    "nce_ext losses cannot be differentiated twice (create_graph=True); use backend='reference' for that"
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -162,9 +250,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
     """Everything is linear in grad_loss [B], so the kernels of the forward pass have done all but a scaling."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "nce_ext losses cannot be differentiated twice (create_graph=True); use backend='reference' for that"
-        )
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
     inputs: list[Tensor | None] = [None] * 26
     if grad_loss is None:
         return tuple(inputs)
@@ -174,21 +260,70 @@ def _backward(ctx, grad_loss, grad_ids, grad_dlogit, grad_grad_hidden):
         inputs[0] = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
     if needs_weight or needs_bias:
         arguments = (ids, dlogit, grad_loss, hidden, ctx.n_classes, ctx.row_dtype, needs_weight, needs_bias)
-        if ctx.gradient_layout == DENSE:
-            rows, elements = torch.ops.nce_ext.row_grad_dense(*arguments)
-            inputs[1:3] = [rows if needs_weight else None, elements if needs_bias else None]
+        layout = ctx.gradient_layout
+        if layout == DENSE:
+            classes, (rows, elements) = ids, torch.ops.nce_ext.row_grad_dense(*arguments)
         else:
-            padded = ctx.gradient_layout == PADDED or _capturing(ids.device)
-            classes, rows, elements = torch.ops.nce_ext.row_grad(*arguments, padded)
-            if not padded and not torch.compiler.is_compiling():
-                _remember(classes, needs_weight + needs_bias)
-            if needs_weight:
-                inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), not padded)
-            if needs_bias:
-                inputs[2] = _coo(classes, elements, (ctx.n_classes,), not padded)
+            layout = PADDED if _capturing(ids.device) else layout
+            classes, rows, elements = torch.ops.nce_ext.row_grad(*arguments, layout == PADDED)
+        _give_row_gradients(ctx, inputs, layout, classes, rows, elements)
     if ctx.needs_input_grad[4]:
         inputs[4] = -dlogit.sum(1) * grad_loss
     return tuple(inputs)
+
+
+def _setup_shared_context(ctx, inputs, output) -> None:
+    hidden, weight = inputs[:2]
+    _, target_ids, target_dlogit, grad_hidden, classes, rows, elements, dlogit, grad_shift = output
+    ctx.set_materialize_grads(False)
+    ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype
+    ctx.gradient_layout = inputs[-1]
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    of_rows = (hidden, target_ids, target_dlogit, classes, rows, elements, dlogit)
+    ctx.save_for_backward(
+        grad_hidden if needs_hidden else None,
+        grad_shift if ctx.needs_input_grad[4] else None,
+        *(of_rows if needs_weight or needs_bias else [None] * 7),
+    )
+
+
+def _shared_backward(ctx, grad_loss, *_):
+    """As _backward. grad_loss is [1] where the forward pass has summed the examples."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+    inputs: list[Tensor | None] = [None] * 23
+    if grad_loss is None:
+        return tuple(inputs)
+    grad_hidden, grad_shift, hidden, target_ids, target_dlogit, classes, rows, elements, dlogit = ctx.saved_tensors
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if needs_hidden:
+        inputs[0] = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
+    if needs_weight or needs_bias:
+        layout = ctx.gradient_layout
+        if layout == COALESCED and _capturing(hidden.device):
+            layout = PADDED
+        classes, rows, elements = torch.ops.nce_ext.shared_row_grad(
+            target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, ctx.n_classes, ctx.row_dtype,
+            needs_weight, needs_bias, layout,
+        )  # fmt: skip
+        _give_row_gradients(ctx, inputs, layout, classes, rows, elements)
+    if ctx.needs_input_grad[4]:
+        inputs[4] = -grad_shift * grad_loss
+    return tuple(inputs)
+
+
+def _give_row_gradients(ctx, inputs, layout: int, classes: Tensor, rows: Tensor, elements: Tensor) -> None:
+    """Put weight's and bias's gradient, dense or as COO tensors of these classes, where backward returns them."""
+    needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+    if layout == DENSE:
+        inputs[1:3] = [rows if needs_weight else None, elements if needs_bias else None]
+        return
+    if layout == COALESCED and not torch.compiler.is_compiling():
+        _remember(classes, needs_weight + needs_bias)
+    if needs_weight:
+        inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), layout == COALESCED)
+    if needs_bias:
+        inputs[2] = _coo(classes, elements, (ctx.n_classes,), layout == COALESCED)
 
 
 def _capturing(device: torch.device) -> bool:
@@ -200,11 +335,15 @@ def _coo(classes: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool
     return torch.sparse_coo_tensor(classes[None], values, size, is_coalesced=coalesced, check_invariants=False)
 
 
-if "fused (cpu)" not in _library.build_info()["missing"]:  # type: ignore[operator]
+if _registered:
     torch.library.register_fake("nce_ext::sample", _fake_sample)
     torch.library.register_fake("nce_ext::alias_table", _fake_alias_table)
     torch.library.register_fake("nce_ext::sampled_loss", _fake_sampled_loss)
+    torch.library.register_fake("nce_ext::shared_loss_", _fake_shared_loss_)
+    torch.library.register_fake("nce_ext::shared_loss", _fake_shared_loss)
+    torch.library.register_fake("nce_ext::shared_row_grad", _fake_shared_row_grad)
     torch.library.register_fake("nce_ext::row_grad", _fake_row_grad)
     torch.library.register_fake("nce_ext::row_grad_dense", _fake_row_grad_dense)
     torch.library.register_fake("nce_ext::scatter_sgd_", _fake_scatter_sgd_)
     torch.library.register_autograd("nce_ext::sampled_loss", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("nce_ext::shared_loss", _shared_backward, setup_context=_setup_shared_context)

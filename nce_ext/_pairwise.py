@@ -132,6 +132,7 @@ def sweep(
                 rows = _soft_labels(z, positive, start, data, options.in_batch)
             losses.append(rows.loss)
             if not any(needs):
+                del z
                 continue
 
             g = torch.ones_like(rows.loss) if upstream is None else upstream[start:stop]
@@ -152,6 +153,7 @@ def sweep(
             scalar = grad_bias if options.sigmoid else grad_scale
             if rows.extra is not None and scalar is not None:
                 scalar += (g * rows.extra).sum()
+            del z  # so that two chunks are never held
 
     result = torch.cat(losses) if losses else query.new_zeros((0,))
     if broken is not None:

@@ -1,7 +1,204 @@
-"""Shared negatives."""
+"""Negatives that all examples share: matrix products with the rows of the negatives, and one fused epilogue between them.
+
+The operators ``shared_loss`` and ``shared_row_grad`` (schemas in csrc/ops.cpp) are implemented here, for every device. A
+chunk of examples is scored, its scores are turned into derivatives in place while they are in the cache, and the
+derivatives are multiplied out; nothing of size B k exists unless each example's loss is asked for.
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 
-def losses(*args):
-    raise RuntimeError("not there yet")
+from nce_ext import _ops
+from nce_ext._call import Call, known_ids
+
+# Bytes of a chunk of scores: what stays in the second-level cache on the CPU, and in the L2 cache on a GPU.
+_WORKSPACE = {"cpu": 2**20, "cuda": 32 * 2**20}
+
+
+def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
+    """Loss of each example [B], or with ``scale`` [B] the sum of their products, [1]."""
+    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
+    assert call.ids is not None
+    ids = call.ids[0]
+    if call.subtract_log_q and target_log_q is None:
+        compute = _ops.compute_dtype(call.weight.dtype)
+        target_log_q = call.noise.log_prob(known_ids(call.noise, call.target)).to(compute)
+        negative_log_q = call.noise.log_prob(known_ids(call.noise, ids)).to(compute)[None]
+    hidden = call.hidden if call.hidden.stride(-1) == 1 else call.hidden.contiguous()
+    parameters = (call.weight, call.bias, call.log_z)
+    return _ops.shared_loss(
+        hidden, call.weight, call.bias, call.target, call.log_z, ids, target_log_q,
+        None if negative_log_q is None else negative_log_q[0], scale, call.distinct, call.offset, call.remove_hits,
+        call.uniform_labels, call.mean_candidates, call.ignore_index, *call.objective,
+        learns and call.hidden.requires_grad, learns and any(t is not None and t.requires_grad for t in parameters),
+        call.gradient_layout,
+    )  # fmt: skip
+
+
+class _Columns:
+    """The negatives as columns of a matrix of scores: sorted by class, and on the CPU equal ones merged."""
+
+    def __init__(self, ids: Tensor, log_q: Tensor | None, n_classes: int, *, distinct: bool) -> None:
+        self.n_draws = len(ids)
+        self.bad = ((ids < 0) | (ids >= n_classes)).any()
+        ascending, order = torch.where((ids < 0) | (ids >= n_classes), 0, ids).sort(stable=True)
+        log_q = None if log_q is None else log_q[order]
+        self.multiplicity: Tensor | None = None
+        first = torch.ones_like(ascending, dtype=torch.bool)
+        first[1:] = ascending[1:] != ascending[:-1]
+        if ids.device.type == "cpu":
+            if log_q is not None:  # that of the caller may differ between equal ids
+                first[1:] |= log_q[1:] != log_q[:-1]
+            starts = first.nonzero()[:, 0]
+            if len(starts) < len(ids):
+                ascending, log_q = ascending[starts], None if log_q is None else log_q[starts]
+                if not distinct:
+                    self.multiplicity = torch.diff(starts, append=starts.new_tensor([self.n_draws]))
+        elif distinct:  # the number of distinct ids is not known without waiting
+            self.multiplicity = first
+        self.ids, self.log_q = ascending, log_q
+
+    def hits(self, target: Tensor) -> Tensor:
+        """int32 [B, T, 2]: the columns of each target's class."""
+        bounds = (torch.searchsorted(self.ids, target, right=right, out_int32=True) for right in (False, True))
+        return torch.stack(tuple(bounds), -1)
+
+
+def _shared_loss(
+    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset, remove_hits,
+    uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
+    correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
+):  # fmt: skip
+    batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(negatives)
+    n_targets, compute = target.shape[1], _ops.compute_dtype(weight.dtype)
+    learns = needs_hidden_grad or needs_row_grad
+    columns = _Columns(negatives, negative_log_q, n_classes, distinct=distinct)
+    n = len(columns.ids)
+    # float32 products of 16-bit operands need a GPU; elsewhere the operands are widened.
+    product = weight.dtype if weight.device.type == "cuda" or weight.dtype == compute else compute
+    rows = weight.index_select(0, columns.ids).to(product)
+    shift = torch.full((n,), -offset, dtype=compute, device=weight.device)
+    if bias is not None:
+        shift += bias.index_select(0, columns.ids)
+    if columns.log_q is not None:
+        shift -= columns.log_q
+    # A bad negative is everybody's: it makes each example bad, by way of its targets.
+    if target_log_q is None:
+        target_log_q = target.new_zeros(target.shape, dtype=compute)
+    target_log_q = torch.where(columns.bad, torch.nan, target_log_q)
+    multiplicity = None if columns.multiplicity is None else columns.multiplicity.to(compute)
+    hits = columns.hits(target) if remove_hits else None
+
+    kept = row_scale is None and needs_row_grad  # the derivatives, for what is yet to come from above
+    loss = hidden.new_empty((batch,), dtype=compute)
+    target_ids = target.new_empty((batch if learns else 0, n_targets), dtype=torch.int32)
+    target_dlogit = hidden.new_empty((batch if learns else 0, n_targets), dtype=compute)
+    grad_hidden = hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute)
+    grad_shift = hidden.new_empty((batch if learns else 0,), dtype=compute)
+    classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=weight.device)
+    accumulates = needs_row_grad and not kept
+    grad_rows = hidden.new_zeros((k if accumulates else 0, dim), dtype=compute)
+    grad_elements = hidden.new_zeros((k if accumulates else 0,), dtype=compute)
+    dlogit = hidden.new_zeros((batch if kept else 0, k), dtype=compute)
+    if needs_row_grad:
+        classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
+
+    size = max(1, min(batch, _WORKSPACE[weight.device.type] // (max(n, 1) * shift.element_size())))
+    workspace = None if kept else hidden.new_empty((size, n), dtype=compute)
+    for begin in range(0, batch, size):
+        chunk = slice(begin, min(begin + size, batch))
+        x = hidden[chunk].to(product)
+        logits = dlogit[chunk, :n] if workspace is None else workspace[: len(x)]
+        _multiply(x, rows.T, out=logits)
+        loss[chunk], *derivatives = _ops.shared_loss_(
+            logits, hidden[chunk], weight, bias, target[chunk], target_log_q[chunk],
+            None if log_z is None else log_z[chunk], shift, multiplicity, None if hits is None else hits[chunk],
+            None if row_scale is None else row_scale[chunk], offset, uniform_labels, mean_candidates, columns.n_draws,
+            ignore_index, objective, positive_weight, label_smoothing, temperature, correct_positive, learns,
+            needs_hidden_grad,
+        )  # fmt: skip
+        if not learns:
+            continue
+        target_ids[chunk], target_dlogit[chunk], of_hidden, grad_shift[chunk] = derivatives
+        if needs_hidden_grad:
+            _accumulate(of_hidden, logits, rows)
+            grad_hidden[chunk] = of_hidden
+        if accumulates:
+            _accumulate(grad_rows[:n], logits.T, x)
+            grad_elements[:n] += logits.sum(0)
+    if row_scale is not None:
+        loss = (loss * row_scale).sum().reshape(1)
+    return (
+        loss, target_ids, target_dlogit, grad_hidden, classes, grad_rows, grad_elements, dlogit, grad_shift,
+    )  # fmt: skip
+
+
+def _multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out = a b, summed in out's float32 or float64 whatever the operands' dtype."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b; a is rounded to b's dtype."""
+    if b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
+
+
+def _shared_row_grad(
+    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows, with_bias,
+    gradient_layout,
+):  # fmt: skip
+    batch = hidden.shape[0]
+    reduced = dlogit.shape[0] != batch or not batch  # rows and elements are there, scaled but by what comes from above
+    upstream = grad_loss.expand(batch)
+    present = classes >= 0
+    if classes.device.type == "cpu":
+        n = int(present.sum())
+        classes, rows, elements, dlogit = classes[:n], rows[:n], elements[:n], dlogit[:, :n]
+    if not reduced:
+        scaled = hidden.to(dlogit.dtype) * upstream[:, None]
+        rows = dlogit.T @ scaled if with_rows else rows
+        elements = dlogit.T @ upstream
+    elif batch:
+        rows, elements = rows * grad_loss if with_rows else rows, elements * grad_loss
+    # In full precision until targets' and negatives' parts are added up.
+    arguments = (target_ids, target_dlogit, upstream, hidden, n_classes, rows.dtype, with_rows, with_bias)
+    if gradient_layout == _ops.DENSE:
+        dense, bias = _ops.row_grad_dense(*arguments)
+        known = torch.where(present[: len(classes)], classes, 0)  # the others' rows are zero
+        if with_rows:
+            dense.index_add_(0, known, rows)
+        if with_bias:
+            bias.index_add_(0, known, elements)
+        return classes.new_empty((0,)), dense.to(dtype), bias.to(dtype)
+    padded = gradient_layout == _ops.PADDED
+    of_targets, target_rows, target_elements = _ops.row_grad(*arguments, padded)
+    if padded:
+        known = torch.where(present[: len(classes)], classes, 0)
+        rows = torch.cat([target_rows, rows]) if with_rows else target_rows
+        elements = torch.cat([target_elements, elements]) if with_bias else target_elements
+        return torch.cat([of_targets, known]), rows.to(dtype), elements.to(dtype)
+    if classes.device.type != "cpu":
+        keep = present.nonzero()[:, 0]
+        classes, rows, elements = classes[keep], rows[keep] if with_rows else rows, elements[keep]
+    merged, place = torch.unique(torch.cat([of_targets, classes]), return_inverse=True)
+    first, second = place[: len(of_targets)], place[len(of_targets) :]
+
+    def sum_of(of_target: Tensor, of_negative: Tensor) -> Tensor:
+        total = of_target.new_zeros((len(merged), *of_target.shape[1:]))
+        return total.index_copy_(0, first, of_target).index_add_(0, second, of_negative).to(dtype)
+
+    rows = sum_of(target_rows, rows) if with_rows else target_rows.to(dtype)
+    elements = sum_of(target_elements, elements) if with_bias else target_elements.to(dtype)
+    return merged, rows, elements
+
+
+_ops.implement("shared_loss", _shared_loss)
+_ops.implement("shared_row_grad", _shared_row_grad)

@@ -54,8 +54,8 @@ class InfoNCELoss(nn.Module):
     Args:
         temperature: > 0; the initial one if it is learned.
         learn_temperature: hold log(1 / temperature) as the parameter ``logit_scale``, the key of CLIP's checkpoints.
-            1 / temperature is held at ``max_scale`` above it: the parameter then gets no gradient that would raise it
-            further, and the full one that lowers it.
+            1 / temperature never exceeds ``max_scale``: a parameter beyond it counts as the limit, gets no gradient
+            that would raise it further, and the whole one that lowers it.
         symmetric: half the loss of query to key, and half that of key to query, whose columns are the batch's queries;
             explicit negatives and ``log_q`` are of keys and have no part in it.
         normalize: divide the vectors by their length; one of zeros stays, with gradient 0.

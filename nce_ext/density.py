@@ -122,7 +122,9 @@ class DensityNCELoss(nn.Module):
     def log_density_ratio(self, log_f: Tensor, log_q: Tensor, *, log_z: float | Tensor | None = None) -> Tensor:
         """log f - log_z - log q: how much likelier the model finds a point than the noise does, in nats.
 
-        Low where a point is out of the distribution. The logit of the loss is this less log(noise_ratio).
+        As a score it tells data from what the noise produces. Where neither data nor noise fell in training the model
+        extrapolates, and log f alone is the better sign that a point is out of the distribution. The logit of the loss
+        is this less log(noise_ratio).
 
         Args:
             log_f: [...].

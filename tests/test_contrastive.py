@@ -94,7 +94,8 @@ OPTIONS = {
     "debiased, always the floor": ({"debias": 0.9}, ("ids",), None),
     "debiased, explicit alone": ({"debias": 0.1, "in_batch": False}, ("ids", "negative_ids", "negative_mask"), K),
     "learned temperature": ({"learn_temperature": True}, ("ids",), K),
-    "learned temperature, debiased": ({"learn_temperature": True, "debias": 0.12}, ("ids",), K),
+    "learned temperature, debiased": ({"learn_temperature": True, "debias": 0.02}, ("ids",), K),
+    "learned temperature, the floor": ({"learn_temperature": True, "debias": 0.9}, ("ids",), K),
 }
 
 
@@ -184,7 +185,7 @@ GRADCHECKS = {
     "symmetric": {"symmetric": True},
     "normalized": {"normalize": True},
     "debiased": {"debias": 0.05, "normalize": True},
-    "debiased, the floor": {"debias": 0.7, "normalize": True},
+    "debiased, the floor": {"debias": 0.9, "normalize": True, "learn_temperature": True},
     "all at once": {"debias": 0.05, "normalize": True, "symmetric": True, "learn_temperature": True},
     "learned": {"learn_temperature": True},
 }

@@ -128,6 +128,19 @@ def test_small_temperatures_do_not_overflow(debias, dtype):
         assert_close(gradient, truth.gradients[name], dtype, name, truth.scales[name])
 
 
+def test_a_floor_far_above_all_logits():
+    """Vectors longer than 1 in opposite directions: e^149 would be infinite in float32."""
+    query = torch.tensor([[10.0, 1.0], [9.0, -1.0]], requires_grad=True)
+    key = torch.tensor([[-15.0, 1.0], [-16.0, 2.0]])
+    loss_fn = InfoNCELoss(1.0, debias=0.1, learn_temperature=True, reduction="none")
+    truth = pairwise(as_float64(query), as_float64(key), debias=0.1)
+    loss = loss_fn(query, key)
+    assert_close(loss, truth.loss, torch.float32, "loss", truth.loss_scale)
+    of_query, of_scale = torch.autograd.grad(loss.sum(), (query, loss_fn.logit_scale))
+    assert_close(of_query, truth.gradients["query"], torch.float32, "query", truth.scales["query"])
+    assert_close(of_scale, truth.gradients["scale"], torch.float32, "scale", truth.scales["scale"])
+
+
 def test_a_tiny_loss_keeps_its_digits():
     """log(1 + 1e-20) is 0 in float32, and the loss of a row that is nearly certain is not."""
     query = torch.eye(2, dtype=torch.float32).mul_(46.0).requires_grad_()

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from allocations import Allocations
 
 import nce_ext
 from nce_ext import evaluate
@@ -141,9 +142,9 @@ def flat(diagnosis):
     ("name", "targets"),
     [(name, "one") for name in CASES] + [(name, "several") for name in CASES if name != "sampled softmax, corrected"],
 )
-def test_every_field(name, targets):
+def test_every_field(name, targets, backend):
     cls, options = CASES[name]
-    loss_fn = make(cls, **options)
+    loss_fn = make(cls, backend=backend, **options)
     hidden, target = examples()
     target[2] = -100
     if targets == "several":
@@ -166,6 +167,16 @@ def test_chunks_and_leading_shapes_change_nothing(name, max_logits):
     wanted = evaluate.diagnose(loss_fn, hidden, target, draws=3)
     got = evaluate.diagnose(loss_fn, hidden.view(2, 3, D), target.view(2, 3), draws=3, max_logits=max_logits)
     np.testing.assert_allclose(flat(got), flat(wanted), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, options) in CASES.items() if "sparse" not in options])
+def test_the_logits_are_never_held_at_once(name):
+    cls, options = CASES[name]
+    n, classes, max_logits = 400, 2000, 2**13
+    loss_fn = make(cls, classes=classes, **options)
+    with Allocations() as made:
+        evaluate.diagnose(loss_fn, *examples(n), draws=2, max_logits=max_logits)
+    assert made.largest <= max(max_logits, classes * D, n * (K + 1) * D, 8 * n * K)
 
 
 @pytest.mark.parametrize("options", [{"correct_positive": False}, {"remove_hits": False}, {"unique": True}])

@@ -137,6 +137,32 @@ def test_tensorflow_sampled_softmax_of_distinct_ids(problem):
     np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_tensorflow_sampled_softmax_that_draws_itself(problem, seed):
+    """log_uniform_candidate_sampler(unique=True): the first k different ids of the draws, as many as that took.
+
+    A class is expected k q times if it took k draws, else 1 - (1 - q)^draws.
+    """
+    noise = nce_ext.noise.LogUniform(CLASSES)
+    q = np.log((np.arange(CLASSES) + 2) / (np.arange(CLASSES) + 1)) / np.log(CLASSES + 1)
+    seed = torch.tensor([seed, 0])
+    sampled, tries = [], 0
+    for tries, drawn in enumerate(noise.sample(10_000, seed=seed).tolist(), 1):  # noqa: B007
+        if drawn not in sampled:
+            sampled.append(drawn)
+        if len(sampled) == K:
+            break
+    count = K * q if tries == K else 1 - (1 - q) ** tries
+    ids = np.concatenate([problem["target"][:, None], np.broadcast_to(sampled, (BATCH, K))], 1)
+    z = np.einsum("bd,bcd->bc", problem["x"], problem["w"][ids]) + problem["b"][ids] - np.log(count[ids])
+    z[:, 1:] = np.where(problem["target"][:, None] == sampled, -np.inf, z[:, 1:])
+    loss_fn = nce_ext.SampledSoftmaxLoss(DIM, CLASSES, noise, K, unique="tf", reduction="none", dtype=torch.float64)
+    tables = {"weight": torch.from_numpy(problem["w"]), "bias": torch.from_numpy(problem["b"])}
+    loss_fn.load_state_dict(tables, strict=False)
+    got = loss_fn(torch.from_numpy(problem["x"]), torch.from_numpy(problem["target"]), seed=seed)
+    np.testing.assert_allclose(got.detach().numpy(), softmax_cross_entropy(z), rtol=2e-6)
+
+
 def gbce(problem, t=0.75):
     return layer(
         problem, nce_ext.NegativeSamplingLoss, calibration=t, candidate_reduction="mean", power=0.0, bias=False

@@ -87,6 +87,7 @@ def test_everything_is_in_the_state_dict():
     # One that stored ids takes a state without them, and the other way round.
     without = CrossBatchMemory(4, D)
     without.enqueue(batch_of(0, 2)[0])
+    assert len(memory) == 4
     memory.load_state_dict(without.state_dict())
     assert memory.ids is None
     assert len(memory) == 2

@@ -45,15 +45,17 @@ def rows_to_compare(case: str) -> torch.Tensor:
     return ((labels[:, :, None] == sampled).sum(2) <= 1).all(1)
 
 
-def losses_and_gradients(case: str, backend: str, rows: torch.Tensor, upstream: torch.Tensor):
+def losses_and_gradients(case: str, backend: str, rows: torch.Tensor, upstream: torch.Tensor, shared: bool):
+    """With the negatives as [k], or repeated for every example: two kernels."""
     hidden, weight, bias = (torch.from_numpy(DATA[name]).requires_grad_() for name in ("x", "weight", "bias"))
-    sampled = values(case, "sampled")
+    sampled, log_count = values(case, "sampled"), values(case, "sampled_ec").log()
     log_k = math.log(len(sampled))
+    if not shared:
+        sampled, log_count = (t.expand(int(rows.sum()), -1) for t in (sampled, log_count))
     loss = getattr(functional, LOSSES[case.partition("_T")[0]])
     losses = loss(
-        hidden[rows], weight, values(case, "labels")[rows], noises.LogUniform(len(weight)), len(sampled), bias=bias,
-        negatives=sampled,
-        log_q=(values(case, "true_ec").log()[rows] - log_k, values(case, "sampled_ec").log() - log_k),
+        hidden[rows], weight, values(case, "labels")[rows], noises.LogUniform(len(weight)), sampled.shape[-1],
+        bias=bias, negatives=sampled, log_q=(values(case, "true_ec").log()[rows] - log_k, log_count - log_k),
         positive_label="uniform", remove_hits=case.endswith("drophits"), reduction="none", backend=backend,
     )  # fmt: skip
     losses.backward(upstream[rows])
@@ -76,20 +78,22 @@ def test_the_fixture_has_the_rows_that_tell_the_cases_apart():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_hidden_gradients(case, backend):
+@pytest.mark.parametrize("shared", [True, False])
+def test_losses_and_hidden_gradients(case, backend, shared):
     rows = rows_to_compare(case)
     batch = len(rows)
-    losses, grad_hidden, _, _ = losses_and_gradients(case, backend, rows, torch.full((batch,), 1 / batch))
+    losses, grad_hidden, _, _ = losses_and_gradients(case, backend, rows, torch.full((batch,), 1 / batch), shared)
     assert_equal(losses, values(case, "loss")[rows], "loss")
     assert_equal(grad_hidden[rows], values(case, "gx")[rows], "gradient of hidden")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_table_gradients(case, backend):
+@pytest.mark.parametrize("shared", [True, False])
+def test_table_gradients(case, backend, shared):
     """The gradients of all rows of a batch fall into one table, so rows left out above are added from the formula."""
     rows = rows_to_compare(case)
     batch = len(rows)
-    _, _, grad_weight, grad_bias = losses_and_gradients(case, backend, rows, torch.full((batch,), 1 / batch))
+    _, _, grad_weight, grad_bias = losses_and_gradients(case, backend, rows, torch.full((batch,), 1 / batch), shared)
     weight, bias = torch.from_numpy(DATA["weight"]), torch.from_numpy(DATA["bias"])
     labels, sampled, hidden = values(case, "labels"), values(case, "sampled"), torch.from_numpy(DATA["x"])
     for row in (~rows).nonzero()[:, 0].tolist():

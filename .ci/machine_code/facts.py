@@ -16,6 +16,7 @@ import sass
 
 WARP = 32
 SEGMENT_ROWS = 4  # SegmentSums::kRows
+PURPOSES = ("binary", "update", "whole")  # Purpose
 
 # Of one H200: instructions that its warp schedulers issue in a second, and bytes that its memory delivers.
 ISSUE_SLOTS_PER_SECOND = 4 * 132 * 1.755e9
@@ -57,21 +58,23 @@ class Shape:
     vectors: int  # of 16 bytes, in a lane's part of all its rows of a batch
     row_bytes: int  # at most, of a warp's part of a row
     exchanges: int  # SHFL.BFLY of a batch; 0 if there are none by which to count batches
-    update: bool
+    purpose: str
 
 
 def shape_of(name: str) -> Shape | None:
     if match := re.match(r"segment_sums_kernel<(\w+),\w+,(\d+)>", name):
-        return Shape(int(match[2]), SEGMENT_ROWS, SEGMENT_ROWS, 16 * WARP, 0, False)
+        return Shape(int(match[2]), SEGMENT_ROWS, SEGMENT_ROWS, 16 * WARP, 0, "")
     pattern = r"sampled_loss_kernel<(\w+),RowShape<(\d+),(\d+),(\d+),\d+,\w+,(\w+)>,(\d+),(\w+)>"
     if match := re.match(pattern, name):
         vectors, group, rows = (int(match[n]) for n in (2, 3, 4))
-        # As sums_scattered<group, rows> exchanges them; 64 bits take two.
-        exchanges = (rows - 1 + (group // rows).bit_length() - 1) * (2 if match[1] == "double" else 1)
+        # As sums_scattered<group, rows> exchanges them, and warp_max where a score is larger than all before; 64 bits
+        # take two.
+        exchanges = rows - 1 + (group // rows).bit_length() - 1
+        if match[7] == "whole":
+            exchanges += (rows * WARP // group).bit_length() - 1
+        exchanges *= 2 if match[1] == "double" else 1
         held = vectors if match[5] == "true" else 1
-        return Shape(
-            int(match[6]), rows * WARP // group, rows * held, 16 * vectors * group, exchanges, match[7] == "true"
-        )
+        return Shape(int(match[6]), rows * WARP // group, rows * held, 16 * vectors * group, exchanges, match[7])
     return None
 
 
@@ -81,6 +84,7 @@ def short_name(demangled: str) -> str | None:
     if not name.startswith("nce::cuda::"):
         return None
     name = re.sub(r"\((?:nce::cuda::)?Access\)", "", name).replace("nce::cuda::", "").replace("nce::", "")
+    name = re.sub(r"\(Purpose\)(\d)", lambda match: PURPOSES[int(match[1])], name)
     return re.sub(r"\s", "", name.split("(", 1)[0])
 
 
@@ -103,8 +107,8 @@ def row_loop(kernel: sass.Kernel, shape: Shape) -> tuple[RowLoop, list[sass.Inst
     batches, rest = divmod(shuffles, shape.exchanges) if shape.exchanges else (1, 0)
     if rest:
         raise sass.Unexpected(f"{shuffles} SHFL.BFLY in the row loop, not a multiple of {shape.exchanges}")
-    # Which lanes have a live column is voted on once a tile.
-    tile = any(i.name == "VOTE" and i.has("ANY") for i in body)
+    # Which lanes have a live column is voted on once a tile, and the ballot kept.
+    tile = any(i.name == "VOTE" and i.has("ANY") and i.operands.startswith("R") for i in body)
     return RowLoop("tile" if tile else "batch", batches * shape.rows, size, *kernel.ways_round(loop)), body
 
 

@@ -18,13 +18,13 @@ BY_ELEMENTS = (
 )
 BY_16_WARPS = "rows of more than 8192 elements, updated by as many warps as a block may have: 8 bytes once a tile"
 ALLOWED_SPILLS: dict[str, str] = {
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,false>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,true>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,false>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,true>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,true>": BY_16_WARPS,
-    "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
-    "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,false>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,binary>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,update>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,binary>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,update>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,update>": BY_16_WARPS,
+    "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,binary>": BY_ELEMENTS,
+    "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,binary>": BY_ELEMENTS,
 }
 
 HEADER = """\
@@ -130,7 +130,7 @@ def required(name: str, architecture: str, facts: Facts) -> list[str]:
     vectors = shape.vectors * facts.loop.rows // shape.rows
     if shape.access == 16 and facts.wide_loads < vectors:
         wrong.append(f"ld16: {facts.wide_loads} in the row loop, which loads {vectors} vectors")
-    if shape.access == 16 and shape.update and architecture in VECTOR_REDUCTIONS and facts.wide_reductions < vectors:
+    if shape.access == 16 and shape.purpose == "update" and architecture in VECTOR_REDUCTIONS and facts.wide_reductions < vectors:
         wrong.append(f"red16: {facts.wide_reductions} in the row loop, which adds to {vectors} vectors")
     return wrong
 

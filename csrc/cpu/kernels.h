@@ -6,6 +6,7 @@
 
 #include "../row_grad.h"
 #include "../sampled_loss.h"
+#include "../shared_loss.h"
 
 namespace nce {
 
@@ -18,6 +19,10 @@ struct Kernels {
   // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) compute values, aligned to 64 bytes. Returns the
   // first pair whose id is out of range or has no log q (its contribution is left out), or -1.
   int64_t (*sampled_loss[4])(const SampledLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
+
+  // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) + padded_dim(n_targets) compute values. Returns the
+  // index of a target whose id is out of range or has no log q, or -1.
+  int64_t (*shared_loss[4])(const SharedLoss& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
 
   // Segments begin .. end - 1. `scratch` holds padded_dim(dim) compute values, aligned to 64 bytes.
   void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage

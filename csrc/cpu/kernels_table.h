@@ -6,6 +6,7 @@
 #include "row_grad_kernel.h"
 #include "sample_kernel.h"
 #include "sampled_loss_kernel.h"
+#include "shared_loss_kernel.h"
 #include "simd.h"
 
 #define NCE_STRINGIFY(name) NCE_STRINGIFY_EXPANDED(name)
@@ -18,6 +19,7 @@ static constexpr Kernels kTable = {
     sample,
     {sampled_loss<float, float>, sampled_loss<BFloat16, float>, sampled_loss<Half, float>,
      sampled_loss<double, double>},
+    {shared_loss<float, float>, shared_loss<BFloat16, float>, shared_loss<Half, float>, shared_loss<double, double>},
     {row_grad<float, float>, row_grad<BFloat16, float>, row_grad<Half, float>, row_grad<double, double>},
 };
 

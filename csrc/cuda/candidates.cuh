@@ -52,7 +52,7 @@ __device__ __forceinline__ const Real* given_log_q(const SampledLoss& p, int64_t
 
 // A target and a drawn negative take the same path: an alias table then costs one load, which gives both an id and
 // its log q.
-template <class Stored, class Real>
+template <class Stored, bool kWhole, class Real>
 __device__ __forceinline__ Candidate<Real> candidate(const SampledLoss& p, const Seed& seed, int64_t example,
                                                      uint32_t column) {
   const auto n_targets = static_cast<uint32_t>(p.n_targets);
@@ -104,6 +104,7 @@ __device__ __forceinline__ Candidate<Real> candidate(const SampledLoss& p, const
     c.state = ColumnState::kBad;
     return c;
   }
+  if (kWhole && positive && !p.objective.correct_positive) log_q = Real(0);
   c.state = !positive && p.remove_hits && is_target(p, example, c.id) ? ColumnState::kHit : ColumnState::kLive;
   if (c.state == ColumnState::kLive) {
     Real bias = Real(0);

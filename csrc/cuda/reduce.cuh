@@ -1,14 +1,25 @@
-// Sums across the lanes of a warp, in an order that depends on nothing but the template.
+// Sums and maxima across the lanes of a warp, in an order that depends on nothing but the template.
 #pragma once
 
 #include "simt.cuh"
 
 namespace nce::cuda {
 
-template <class Real>
+// Of one value from each kShare neighbouring lanes, which have the same.
+template <int kShare = 1, class Real>
 __device__ __forceinline__ Real warp_sum(Real value) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  for (int offset = kWarp / 2; offset >= kShare; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+template <int kShare = 1, class Real>
+__device__ __forceinline__ Real warp_max(Real value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset >= kShare; offset /= 2) {
+    const Real other = __shfl_xor_sync(kAllLanes, value, offset);
+    value = other > value ? other : value;
+  }
   return value;
 }
 

@@ -24,18 +24,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
                            ignore_index,
                            objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
                            needs_hidden_grad, needs_row_grad);
+  const bool whole = call.p.objective.kind != ObjectiveKind::kBinary;
   switch (call.storage) {
     case Storage::kFloat:
-      sampled_loss_float(call.p, device);
+      whole ? whole_example_float(call.p, device) : sampled_loss_float(call.p, device);
       break;
     case Storage::kBFloat16:
-      sampled_loss_bfloat16(call.p, device);
+      whole ? whole_example_bfloat16(call.p, device) : sampled_loss_bfloat16(call.p, device);
       break;
     case Storage::kHalf:
-      sampled_loss_half(call.p, device);
+      whole ? whole_example_half(call.p, device) : sampled_loss_half(call.p, device);
       break;
     case Storage::kDouble:
-      sampled_loss_double(call.p, device);
+      whole ? whole_example_double(call.p, device) : sampled_loss_double(call.p, device);
       break;
   }
   return {call.loss, call.ids, call.dlogit, call.grad_hidden};

@@ -8,11 +8,9 @@
 // are paid once for all of them.
 #pragma once
 
-#include "../objective.h"
 #include "candidates.cuh"
-#include "pack.cuh"
-#include "reduce.cuh"
-#include "shapes.cuh"
+#include "example_rows.cuh"
+#include "whole_example.cuh"
 
 namespace nce::cuda {
 
@@ -23,99 +21,20 @@ struct InPlaceUpdate {
   float step;   // learning rate
 };
 
-template <class Stored, class Shape, Access kAccess, bool kUpdate>
-struct SampledLossWarp {
-  using Real = Compute<Stored>;
-  static constexpr int kPer = kPerVector<Stored>;
-  static constexpr int kVectors = Shape::kVectors, kGroup = Shape::kGroup, kRows = Shape::kRows;
-  static constexpr int kGroups = kWarp / kGroup;  // of lanes, in a warp
-  static constexpr int kBatch = kRows * kGroups;  // rows in flight in a warp
-  static constexpr int kShare = kGroup / kRows;   // lanes that end up with the same row's dot product
-  static constexpr bool kSplit = Shape::kSplit, kHold = Shape::kHold;
-  static constexpr bool kStaged = kSplit && kHold;  // hidden lies in shared memory, not in registers
+template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
+struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate> {
+  using Rows = ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate>;
+  using Real = typename Rows::Real;
+  using Rows::p, Rows::lane, Rows::group, Rows::in_group, Rows::warp, Rows::n_warps, Rows::dim, Rows::n_vectors;
+  using Rows::kPer, Rows::kVectors, Rows::kGroup, Rows::kRows, Rows::kGroups, Rows::kBatch, Rows::kShare;
+  using Rows::kSplit, Rows::kHold, Rows::gradient;
+  using Rows::element_of, Rows::load_row, Rows::hidden_part, Rows::add_in_memory, Rows::scale_gradient;
   static constexpr bool kSeveral = Shape::kSeveral;
+  static constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kWhole = kPurpose == Purpose::kWhole;
 
-  const SampledLoss& p;
   const InPlaceUpdate& update;
-  const int lane = threadIdx.x % kWarp, group = lane / kGroup, in_group = lane % kGroup;
-  const int warp = kSplit ? warp_of_block() : 0, n_warps = kSplit ? blockDim.x / kWarp : 1;
-  const int dim = static_cast<int>(p.dim), row_bytes = dim * static_cast<int>(sizeof(Stored));
-  const int n_vectors = kHold ? kVectors : (dim + n_warps * kWarp * kPer - 1) / (n_warps * kWarp * kPer);
-
-  Real hidden[kStaged || !kHold ? 1 : kVectors * kPer];
-  Real gradient[kHold ? kVectors * kPer : 1];
-  Real loss;
-  int exchange = 0;  // which of two buffers of partial dot products is next
-
-  // First element of this lane's vector v. Warps take turns, so that all have work however long a row is.
-  __device__ __forceinline__ int element_of(int v) const { return ((v * n_warps + warp) * kGroup + in_group) * kPer; }
-  __device__ __forceinline__ bool wide_hidden() const {
-    return wide_rows(p.hidden, p.hidden_stride, p.dim, p.hidden_storage, kPer);
-  }
-  __device__ __forceinline__ Real* partial_dots() const { return shared_memory<Real>(); }
-  __device__ __forceinline__ Real* staged_hidden() const { return shared_memory<Real>() + 2 * kWarp * kRows; }
-
-  __device__ __forceinline__ void load_hidden(int64_t example) {
-    if constexpr (!kHold) {
-      for (int v = 0; v < n_vectors; ++v) {
-        for (int e = 0; e < kPer; ++e) {
-          if (p.grad_hidden && element_of(v) + e < dim) *gradient_in_memory(example, element_of(v) + e) = Real(0);
-        }
-      }
-      return;
-    }
-    const int64_t offset = example * p.hidden_stride;
-    if constexpr (kStaged) {
-#pragma unroll 1
-      for (int v = 0; v < kVectors; ++v) {
-        Real part[kPer];
-        load_elements<kPer>(p.hidden, offset, p.hidden_storage, element_of(v), dim, wide_hidden(), part);
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) staged_hidden()[element_of(v) + e] = part[e];  // read back by this lane alone
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        load_elements<kPer>(p.hidden, offset, p.hidden_storage, element_of(v), dim, wide_hidden(), hidden + v * kPer);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < (kHold ? kVectors * kPer : 1); ++i) gradient[i] = Real(0);
-  }
-
-  __device__ __forceinline__ Real* gradient_in_memory(int64_t example, int element) const {
-    return static_cast<Real*>(p.grad_hidden) + example * p.dim + element;
-  }
-
-  __device__ __forceinline__ void hidden_part(int64_t example, int v, Real* out) const {
-    if constexpr (kStaged) {
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) out[e] = staged_hidden()[element_of(v) + e];
-    } else if constexpr (kHold) {
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) out[e] = hidden[v * kPer + e];
-    } else {
-      load_elements<kPer>(p.hidden, example * p.hidden_stride, p.hidden_storage, element_of(v), dim, wide_hidden(),
-                          out);
-    }
-  }
-
-  __device__ __forceinline__ Vector load_row(const char* row, int v, bool wanted) const {
-    const int at = element_of(v) * static_cast<int>(sizeof(Stored));
-    return load_vector<Stored, kAccess, kUpdate>(row, at, row_bytes, wanted);
-  }
-
-  // Sums over all warps of the dot product of the row that this lane has ended up with.
-  __device__ __forceinline__ Real sum_of_warps(Real partial) {
-    Real* buffer = partial_dots() + exchange * kWarp * kRows;
-    exchange ^= 1;  // the barrier of the next batch comes before anyone writes to this buffer again
-    const int row = in_group / kShare;
-    if (in_group % kShare == 0) buffer[warp * kRows + row] = partial;
-    __syncthreads();
-    Real sum = Real(0);
-    for (int w = 0; w < n_warps; ++w) sum += buffer[w * kRows + row];
-    return sum;
-  }
+  Real loss;                     // but for kWhole
+  WholeSums<Real, kShare> sums;  // for kWhole
 
   // Candidates first .. first + kBatch - 1 of a tile, which are in `mine`, one to a lane, and of which the bits of
   // `live` tell whether they count. The first is column `column` of its example.
@@ -152,25 +71,33 @@ struct SampledLossWarp {
       }
     }
     Real z = sums_scattered<kGroup, kRows>(dot, in_group);
-    if constexpr (kSplit) z = sum_of_warps(z);
+    if constexpr (kSplit) z = this->sum_of_warps(z);
 
     // The objective once a row: this lane has the dot product of column `own`, as have kShare - 1 others.
     const int own = in_group / kShare * kGroups + group;
     z += __shfl_sync(kAllLanes, mine.offset, (first + own) % kWarp);
     column += own;
-    const Real label = column < static_cast<uint32_t>(p.n_targets) ? positive_label : Real(0);
-    const Column<Real> objective = binary_column(z, label);
-    const bool own_live = (live >> own) & 1u;
-    const Real dlogit = own_live ? scale * objective.dlogit : Real(0);
-    if (own_live && in_group % kShare == 0 && warp == 0) {
-      loss += scale * objective.loss;
-      if (p.dlogit) {
-        static_cast<Real*>(p.dlogit)[example * (p.n_targets + p.n_negatives) + column] = dlogit;
-      }
+    const bool target = column < static_cast<uint32_t>(p.n_targets);
+    const Real label = target ? positive_label : Real(0);
+    const bool own_live = (live >> own) & 1u, speaks = own_live && in_group % kShare == 0 && warp == 0;
+    Real dlogit, kept;
+    if constexpr (kWhole) {
+      kept = own_live ? clamp_finite(z) : Real(0);
+      Real factor;
+      if (sums.make_room(p.objective, kept, own_live && !target, factor)) scale_gradient(example, factor);
+      dlogit = sums.take(p.objective, kept, own_live && target, own_live && !target, label);
+    } else {
+      const Column<Real> objective = binary_column(z, label);
+      if (!kUpdate && target) scale *= static_cast<Real>(p.objective.positive_weight);
+      kept = dlogit = own_live ? scale * objective.dlogit : Real(0);
+      if (speaks) loss += scale * objective.loss;
+    }
+    if (speaks && p.dlogit) {
+      static_cast<Real*>(p.dlogit)[example * (p.n_targets + p.n_negatives) + column] = kept;
     }
     if constexpr (kUpdate) {
       const int32_t id = __shfl_sync(kAllLanes, mine.id, (first + own) % kWarp);
-      if (own_live && in_group % kShare == 0 && warp == 0 && update.bias) {
+      if (speaks && update.bias) {
         atomicAdd(update.bias + id, -update.step * dlogit);
       }
     }
@@ -198,18 +125,6 @@ struct SampledLossWarp {
       for (int r = 0; r < kRows; ++r) {
         const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
         if (present[r]) update_row(example, address[r], -update.step * d);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void add_in_memory(int64_t example, const char* address, Real d) const {
-    for (int v = 0; v < n_vectors; ++v) {
-      const auto w = unpack<Stored>(load_row(address, v, true));
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) {
-        if (element_of(v) + e >= dim) continue;
-        Real* sum = gradient_in_memory(example, element_of(v) + e);  // this lane's alone
-        *sum = multiply_add(d, w.element[e], *sum);
       }
     }
   }
@@ -251,32 +166,57 @@ struct SampledLossWarp {
     }
   }
 
-  __device__ __forceinline__ void store_gradient(int64_t example) {
-    Real* out = static_cast<Real*>(p.grad_hidden) + example * p.dim;
-#pragma unroll
-    for (int offset = kGroup; offset < kWarp; offset *= 2) {
-#pragma unroll
-      for (int i = 0; i < kVectors * kPer; ++i) gradient[i] += __shfl_xor_sync(kAllLanes, gradient[i], offset);
+  // All columns of an example are in: its loss, and what was kept turned into derivatives.
+  __device__ __forceinline__ void finish_whole(int64_t example, int n_positive, Real positive_label) {
+    const auto n_targets = static_cast<uint32_t>(p.n_targets);
+    const auto n_columns = static_cast<uint32_t>(p.n_targets + p.n_negatives);
+    const Normaliser<Real> n = normalise(p.objective, sums.total(p.objective, n_positive), n_positive,
+                                         p.uniform_labels, log_not_target<Real>(p, example));
+    if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = n.loss;
+    if (!p.dlogit) return;
+    Real* dlogit = static_cast<Real*>(p.dlogit) + example * n_columns;
+    meet();
+    for (uint32_t c = warp * kWarp + lane; c < n_columns; c += n_warps * kWarp) {
+      dlogit[c] = column_dlogit(p.objective, n, dlogit[c], c < n_targets, positive_label);
     }
-    constexpr int kWide = 16 / static_cast<int>(sizeof(Real));
-    const bool wide = dim % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_hidden) % 16 == 0;
+    if (!p.grad_hidden) return;
+    meet();
+    // A smoothed label gives every row a second, equal weight, known only now: the rows are read again.
+    const bool again = n.smooth > Real(0);
+    scale_gradient(example, again ? Real(0) : n.scale);
+    if (again) {
+      add_columns<kRows>(example, n_columns);
+    } else {
+      add_columns<1>(example, n_targets);
+    }
+  }
+
+  // The gradient's part of the example's first `end` columns, kCount rows of each group of lanes at a time.
+  template <int kCount>
+  __device__ __forceinline__ void add_columns(int64_t example, uint32_t end) {
+    const int64_t base = example * (p.n_targets + p.n_negatives);
+#pragma unroll 1
+    for (uint32_t first = 0; first < end; first += kCount * kGroups) {
+      const char* address[kCount];
+      Real d[kCount];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (v % kGroups != group) continue;  // all groups have the same sums now
-      const int first = element_of(v);
-      if (wide) {
-#pragma unroll
-        for (int e = 0; e < kPer; e += kWide) {
-          Vector packed;
-          std::memcpy(packed.word, gradient + v * kPer + e, 16);
-          if (first + e < dim) *reinterpret_cast<Vector*>(out + first + e) = packed;
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          if (first + e < dim) out[first + e] = gradient[v * kPer + e];
-        }
+      for (int r = 0; r < kCount; ++r) {
+        const uint32_t column = first + r * kGroups + group;
+        const bool present = column < end;
+        d[r] = present ? static_cast<const Real*>(p.dlogit)[base + column] : Real(0);
+        const int32_t id = present ? p.ids[base + column] : 0;
+        address[r] = static_cast<const char*>(p.weight) + id * p.weight_stride * static_cast<int>(sizeof(Stored));
       }
+      this->add_rows(example, address, d);
+    }
+  }
+
+  // What lanes have written of the example is there for all that work on it.
+  __device__ __forceinline__ void meet() const {
+    if constexpr (kSplit) {
+      __syncthreads();
+    } else {
+      __syncwarp();
     }
   }
 
@@ -293,7 +233,7 @@ struct SampledLossWarp {
       const uint32_t my_column = mine_of < count ? tile * kWarp + lane - mine_of * n_columns : n_columns;
       // Read again for every tile: kept, it would take registers from the rows.
       const Seed seed = read_seed(p.seed, p.seed_stride);
-      const Candidate<Real> mine = candidate<Stored, Real>(p, seed, my_example, my_column);
+      const Candidate<Real> mine = candidate<Stored, kWhole, Real>(p, seed, my_example, my_column);
       const uint32_t live = __ballot_sync(kAllLanes, mine.state == ColumnState::kLive);
       uint32_t present = 0, bad = 0;
       if (tile == 0) {
@@ -315,25 +255,36 @@ struct SampledLossWarp {
             if (!kSeveral || count == 1) return;
             continue;
           }
-          load_hidden(example);
-          loss = Real(0);
+          this->load_hidden(example);
+          if constexpr (kWhole) {
+            sums.clear();
+          } else {
+            loss = Real(0);
+          }
         }
         if (p.ids && warp == 0 && mine_of == i && my_column < n_columns) {
           const int64_t pair = example * (p.n_targets + p.n_negatives) + my_column;
           p.ids[pair] = mine.id;
-          if (mine.state != ColumnState::kLive) static_cast<Real*>(p.dlogit)[pair] = Real(0);
+          if (mine.state != ColumnState::kLive) {
+            static_cast<Real*>(p.dlogit)[pair] = kWhole ? -infinity_of<Real>() : Real(0);
+          }
         }
         const Real positive_label = p.uniform_labels ? Real(1) / static_cast<Real>(census.positives) : Real(1);
         const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(census.positives + p.n_negatives) : Real(1);
         const uint32_t live_here = (live >> base) & mask;
+        if constexpr (kWhole) sums.n_live += __popc(live_here);
 #pragma unroll 1
         for (int first = 0; first < width; first += kBatch) {
           batch(example, tile * kWarp + first, base + first, live_here >> first, mine, positive_label, scale);
         }
         if (left > kWarp) continue;
-        const Real sum = warp_sum(loss);
-        if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = sum;
-        if (p.grad_hidden && kHold) store_gradient(example);
+        if constexpr (kWhole) {
+          finish_whole(example, census.positives, positive_label);
+        } else {
+          const Real sum = warp_sum(loss);
+          if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = sum;
+        }
+        if (p.grad_hidden && kHold) this->store_gradient(example);
       }
     }
   }
@@ -356,10 +307,10 @@ __device__ __forceinline__ int examples_of_tile(const SampledLoss& p, int64_t n_
   return static_cast<int>((of_worker + rounds - 1) / rounds);
 }
 
-template <class Stored, class Shape, Access kAccess, bool kUpdate>
-__global__ void __launch_bounds__(Shape::kThreads, blocks_for<Shape, kAccess, kUpdate>())
+template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
+__global__ void __launch_bounds__(Shape::kThreads, blocks_for<Shape, kAccess, kPurpose>())
     sampled_loss_kernel(const __grid_constant__ SampledLoss p, const __grid_constant__ InPlaceUpdate update) {
-  SampledLossWarp<Stored, Shape, kAccess, kUpdate> work{p, update};
+  SampledLossWarp<Stored, Shape, kAccess, kPurpose> work{{p}, update};
   const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp, n_workers = gridDim.x * per_block;
   const int64_t worker = blockIdx.x * per_block + (Shape::kSplit ? 0 : warp_of_block());
   const int count = Shape::kSeveral ? examples_of_tile(p, n_workers) : 1;

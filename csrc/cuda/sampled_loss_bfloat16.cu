@@ -1,6 +1,6 @@
-// The fused forward pass for weights stored as bfloat16.
+// The fused forward pass of the binary objective for weights stored as bfloat16.
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::sampled_loss_bfloat16(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<BFloat16, false>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<BFloat16, Purpose::kBinary>(p, InPlaceUpdate{}, device);
 }

@@ -1,6 +1,6 @@
-// The fused forward pass for weights stored as float.
+// The fused forward pass of the binary objective for weights stored as float.
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::sampled_loss_float(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<float, false>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<float, Purpose::kBinary>(p, InPlaceUpdate{}, device);
 }

@@ -1,6 +1,6 @@
-// The fused forward pass for weights stored as half.
+// The fused forward pass of the binary objective for weights stored as half.
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::sampled_loss_half(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<Half, false>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<Half, Purpose::kBinary>(p, InPlaceUpdate{}, device);
 }

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> scatter_sgd_(Tensor hidden, Tensor weight, std::optio
   const InPlaceUpdate update{static_cast<float*>(weight.mutable_data_ptr()),
                              bias ? static_cast<float*>(bias->mutable_data_ptr()) : nullptr,
                              static_cast<float>(learning_rate)};
-  sampled_loss_of<float, true>(call.p, update, device);
+  sampled_loss_of<float, Purpose::kUpdate>(call.p, update, device);
   return {call.loss, call.grad_hidden};
 }
 

@@ -24,10 +24,17 @@ struct RowShape {
   static constexpr int kVectorsPerWarp = kVectors * kGroup;
 };
 
-// Reading by less than 16 bytes takes more registers, and so does updating many rows at once.
-template <class Shape, Access kAccess, bool kUpdate>
+// What a kernel of the forward pass is for: the binary objective, the same with the racy in-place update, or the
+// objectives over the whole example.
+enum class Purpose : int { kBinary, kUpdate, kWhole };
+
+// Reading by less than 16 bytes takes more registers, and so does beside many rows at once what an update or an example's
+// sums take.
+template <class Shape, Access kAccess, Purpose kPurpose>
 constexpr int blocks_for() {
-  const int fewer = kUpdate && Shape::kRows == 8 ? 3 : kAccess != Access::kBytes16 ? 2 : kUpdate ? 1 : 0;
+  constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kMany = Shape::kRows == 8;
+  const int usual = kAccess != Access::kBytes16 ? 2 : kUpdate ? 1 : 0;
+  const int fewer = kMany && kUpdate ? 3 : kMany && kPurpose == Purpose::kWhole ? usual + 1 : usual;
   return Shape::kBlocks > fewer ? Shape::kBlocks - fewer : 1;
 }
 

@@ -203,8 +203,9 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
                                 const Array& log_z, const Array& seed, int kind, const Array& table,
                                 int64_t n_negatives, const Array& negatives, const Array& target_log_q,
                                 const Array& negative_log_q, bool subtract_log_q, double offset, bool remove_hits,
-                                bool uniform_labels, bool mean_candidates, int64_t ignore_index, bool hidden_grad,
-                                bool row_grad, std::optional<float> step, int64_t grid, int warps, int access,
+                                bool uniform_labels, bool mean_candidates, int64_t ignore_index, int objective,
+                                double positive_weight, double label_smoothing, double temperature,
+                                bool correct_positive, bool hidden_grad, bool row_grad, std::optional<float> step, int64_t grid, int warps, int access,
                                 uint64_t order) {
   SampledLoss p = arguments_of(hidden, weight, bias, target, log_z, seed, kind, table, n_negatives, negatives,
                                target_log_q, negative_log_q);
@@ -214,6 +215,9 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
   p.uniform_labels = uniform_labels;
   p.mean_candidates = mean_candidates;
   p.ignore_index = ignore_index;
+  p.objective = nce::Objective{static_cast<nce::ObjectiveKind>(objective), positive_weight, label_smoothing,
+                               temperature, correct_positive};
+  const bool whole = p.objective.kind != nce::ObjectiveKind::kBinary;
 
   const Storage storage = storage_of("weight", weight.dtype());
   const py::dtype compute = dtype_of(compute_of(storage));
@@ -225,7 +229,7 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
     return a.mutable_data();
   };
   p.loss = output("loss", compute, {p.batch});
-  if (row_grad) {
+  if (row_grad || (whole && hidden_grad)) {
     p.ids = static_cast<int32_t*>(output("ids", py::dtype::of<int32_t>(), {p.batch, columns}));
     p.dlogit = output("dlogit", compute, {p.batch, columns});
   }
@@ -238,6 +242,8 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
     const InPlaceUpdate update{static_cast<float*>(weight.mutable_data()),
                                bias ? static_cast<float*>(bias->mutable_data()) : nullptr, *step};
     scatter(p, update, how);
+  } else if (whole) {
+    whole_example(p, storage, how);
   } else {
     sampled_loss(p, storage, how);
   }
@@ -327,8 +333,9 @@ PYBIND11_MODULE(emulated_kernels, m) {
         arg("target"), arg("log_z") = none, arg("seed") = none, arg("kind") = 0, arg("table") = none,
         arg("n_negatives") = 0, arg("negatives") = none, arg("target_log_q") = none, arg("negative_log_q") = none,
         arg("subtract_log_q") = true, arg("offset") = 0.0, arg("remove_hits") = false, arg("uniform_labels") = false,
-        arg("mean_candidates") = false, arg("ignore_index") = -100, arg("hidden_grad") = true, arg("row_grad") = true,
-        arg("step") = none, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+        arg("mean_candidates") = false, arg("ignore_index") = -100, arg("objective") = 0, arg("positive_weight") = 1.0,
+        arg("label_smoothing") = 0.0, arg("temperature") = 0.0, arg("correct_positive") = true,
+        arg("hidden_grad") = true, arg("row_grad") = true, arg("step") = none, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
   m.def("row_grad", &row_grad, arg("ids"), arg("dlogit"), arg("grad_loss"), arg("hidden"), arg("n_classes"),
         arg("dtype"), arg("layout"), py::kw_only(), arg("with_rows") = true, arg("with_bias") = true,
         arg("tile_pairs") = 0, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);

@@ -2,5 +2,5 @@
 #include "kernels.h"
 
 void emulated::scatter(const SampledLoss& p, const InPlaceUpdate& update, const Launch& how) {
-  sampled_loss_of<float, true>(p, update, how);
+  sampled_loss_of<float, Purpose::kUpdate>(p, update, how);
 }
