@@ -65,7 +65,7 @@ build/sanitized-tests: tests/cpp/test_kernels.cpp $(CPP)
 sanitize: build/sanitized-tests  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/sanitized-tests
 
-EMULATED := kernels sampled_loss whole_example scatter row_grad
+EMULATED := kernels sampled_loss whole_example scatter row_grad shared_loss
 EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)
 EMULATED_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
 	-Wno-missing-field-initializers -I csrc/cuda -I tests/emulator

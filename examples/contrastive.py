@@ -208,7 +208,7 @@ def draw(pyplot: ModuleType, path: Path, runs: dict[str, dict], pixels: float, n
 
 
 def main() -> None:
-    options = parser(__doc__.partition("\n")[0], epochs=5).parse_args()
+    options = parser(__doc__.partition("\n")[0], epochs=8).parse_args()
     pyplot = prepare(options.output)
     pictures = load(options.data, options.seed)
     shape = "x".join(map(str, pictures.train.shape[2:]))

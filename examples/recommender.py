@@ -7,6 +7,7 @@ where the negatives are the other examples of the batch, and so come as often as
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ INSTALL = "pip install --no-deps recbole==1.2.1"
 DIM, LAYERS, HEADS, DROPOUT = 64, 1, 2, 0.3
 LENGTH = 50  # films of a user's history that the model sees
 BATCH = 32  # histories
-NEGATIVES = 256  # one set for all films of a batch
-LEARNING_RATE = 2e-3
+NEGATIVES = 512  # one set for all films of a batch
+LEARNING_RATE = 3e-3
 IGNORE = -100
 
 
@@ -94,9 +95,10 @@ def losses(counts: Tensor) -> dict[str, Callable[[Tensor], nn.Module]]:
     """What to compare; each is made for a model's item vectors."""
     n_items = len(counts)
     log_q = torch.log(counts.clamp(min=1) / counts.sum())
-    noise = nce_ext.noise.Uniform(n_items)  # all items get pushed down, also those that nobody has chosen yet
+    popular = nce_ext.noise.Unigram(counts + 1, power=1)  # + 1: items that nobody chose must be pushed down as well
+    uniform = nce_ext.noise.Uniform(n_items)
 
-    def sampled(kind: type[nn.Module], **options) -> Callable[[Tensor], nn.Module]:
+    def sampled(kind: type[nn.Module], noise: nce_ext.noise.Noise, **options) -> Callable[[Tensor], nn.Module]:
         def make(weight: Tensor) -> nn.Module:
             loss = kind(DIM, n_items, noise, NEGATIVES, bias=False, shared=True, ignore_index=IGNORE, **options)
             loss.weight = weight
@@ -104,18 +106,20 @@ def losses(counts: Tensor) -> dict[str, Callable[[Tensor], nn.Module]]:
 
         return make
 
+    # With margin 0 every item starts at probability 1/2, and pushing them all down comes before anything is learned.
+    gbce = {"calibration": 0.75, "margin": -math.log(n_items)}
     return {
         "in-batch InfoNCE": lambda weight: InBatchLoss(weight),
         "in-batch InfoNCE, log q": lambda weight: InBatchLoss(weight, log_q),
-        "sampled softmax": sampled(nce_ext.SampledSoftmaxLoss),
-        "negative sampling, gBCE": sampled(nce_ext.NegativeSamplingLoss, calibration=0.75),
+        "sampled softmax": sampled(nce_ext.SampledSoftmaxLoss, popular),
+        "negative sampling, gBCE": sampled(nce_ext.NegativeSamplingLoss, uniform, **gbce),
     }
 
 
 def rank(scores: Tensor, target: Tensor, seen: list[np.ndarray]) -> Tensor:
-    """How many unseen items score at least as high as the target, [users]; 0 is best. Ties count against it."""
+    """How many unseen items score no lower than the target, [users]; 0 is best. Ties count against it, as does NaN."""
     own = scores.gather(1, target[:, None])
-    ahead = scores >= own
+    ahead = ~(scores < own)
     for row, items in zip(ahead, seen, strict=True):
         row[torch.from_numpy(items)] = False
     ahead.scatter_(1, target[:, None], False)
@@ -207,7 +211,7 @@ def draw(pyplot: ModuleType, path: Path, results: list[Result]) -> None:
 
 
 def main() -> None:
-    options = parser(__doc__.partition("\n")[0], epochs=30).parse_args()
+    options = parser(__doc__.partition("\n")[0], epochs=20).parse_args()
     pyplot = prepare(options.output)
     ratings = find_file("ml-100k.inter", INSTALL, data=options.data, wheel="recbole/dataset_example/ml-100k")
     histories, n_items = read_histories(ratings)

@@ -47,8 +47,9 @@ class Call(NamedTuple):
 
     @property
     def shared(self) -> bool:
-        """Whether all examples have the same negatives."""
-        return self.ids is not None and self.one_row
+        """Whether all examples have the same negatives, with the same log q."""
+        one_log_q = self.negative_log_q is None or self.negative_log_q.shape[0] == 1
+        return self.ids is not None and self.one_row and one_log_q
 
     def operator_arguments(self) -> tuple[Any, ...]:
         """The first arguments of the operators sampled_loss and scatter_sgd_, which are the same."""

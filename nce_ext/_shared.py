@@ -13,8 +13,9 @@ from torch import Tensor
 from nce_ext import _ops
 from nce_ext._call import Call, known_ids
 
-# Bytes of a chunk of scores: what stays in the second-level cache on the CPU, and in the L2 cache on a GPU.
-_WORKSPACE = {"cpu": 2**20, "cuda": 32 * 2**20}
+# Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
+# slower, and in the L2 cache on a GPU.
+_WORKSPACE = {"cpu": 2**21, "cuda": 32 * 2**20}
 
 
 def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
@@ -99,6 +100,7 @@ def _shared_loss(
     grad_shift = hidden.new_empty((batch if learns else 0,), dtype=compute)
     classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=weight.device)
     accumulates = needs_row_grad and not kept
+    grad_columns = hidden.new_zeros((dim, n if accumulates else 0), dtype=compute)  # transposed: the faster product
     grad_rows = hidden.new_zeros((k if accumulates else 0, dim), dtype=compute)
     grad_elements = hidden.new_zeros((k if accumulates else 0,), dtype=compute)
     dlogit = hidden.new_zeros((batch if kept else 0, k), dtype=compute)
@@ -106,12 +108,10 @@ def _shared_loss(
         classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
 
     size = max(1, min(batch, _WORKSPACE[weight.device.type] // (max(n, 1) * shift.element_size())))
-    workspace = None if kept else hidden.new_empty((size, n), dtype=compute)
     for begin in range(0, batch, size):
         chunk = slice(begin, min(begin + size, batch))
         x = hidden[chunk].to(product)
-        logits = dlogit[chunk, :n] if workspace is None else workspace[: len(x)]
-        _multiply(x, rows.T, out=logits)
+        logits = _product(x, rows, compute)
         loss[chunk], *derivatives = _ops.shared_loss_(
             logits, hidden[chunk], weight, bias, target[chunk], target_log_q[chunk],
             None if log_z is None else log_z[chunk], shift, multiplicity, None if hits is None else hits[chunk],
@@ -122,12 +122,16 @@ def _shared_loss(
         if not learns:
             continue
         target_ids[chunk], target_dlogit[chunk], of_hidden, grad_shift[chunk] = derivatives
+        factors = logits.to(product)
         if needs_hidden_grad:
-            _accumulate(of_hidden, logits, rows)
-            grad_hidden[chunk] = of_hidden
-        if accumulates:
-            _accumulate(grad_rows[:n], logits.T, x)
+            torch.add(of_hidden, _product(factors, rows.T, compute), out=grad_hidden[chunk])
+        if kept:
+            dlogit[chunk, :n] = logits
+        elif needs_row_grad:
+            grad_columns += _product(x.T.contiguous(), factors.T, compute)
             grad_elements[:n] += logits.sum(0)
+    if accumulates:
+        grad_rows[:n] = grad_columns.T
     if row_scale is not None:
         loss = (loss * row_scale).sum().reshape(1)
     return (
@@ -135,20 +139,9 @@ def _shared_loss(
     )  # fmt: skip
 
 
-def _multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out = a b, summed in out's float32 or float64 whatever the operands' dtype."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; a is rounded to b's dtype."""
-    if b.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += torch.mm(a.to(b.dtype), b, out_dtype=total.dtype)
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b^T, summed in float32 or float64 whatever the operands' dtype."""
+    return _ops.product(a, b) if a.dtype == dtype else torch.mm(a, b.T, out_dtype=dtype)
 
 
 def _shared_row_grad(
@@ -156,17 +149,20 @@ def _shared_row_grad(
     gradient_layout,
 ):  # fmt: skip
     batch = hidden.shape[0]
-    reduced = dlogit.shape[0] != batch or not batch  # rows and elements are there, scaled but by what comes from above
+    reduced = dlogit.shape[0] != batch  # rows and elements are there, scaled but by what comes from above
     upstream = grad_loss.expand(batch)
     present = classes >= 0
     if classes.device.type == "cpu":
         n = int(present.sum())
         classes, rows, elements, dlogit = classes[:n], rows[:n], elements[:n], dlogit[:, :n]
-    if not reduced:
+    if not batch:
+        rows, elements = hidden.new_zeros((len(classes), hidden.shape[1])), hidden.new_zeros(len(classes))
+        rows, elements = rows.to(dlogit.dtype), elements.to(dlogit.dtype)
+    elif not reduced:
         scaled = hidden.to(dlogit.dtype) * upstream[:, None]
-        rows = dlogit.T @ scaled if with_rows else rows
+        rows = _ops.product(dlogit.T, scaled.T) if with_rows else rows
         elements = dlogit.T @ upstream
-    elif batch:
+    else:
         rows, elements = rows * grad_loss if with_rows else rows, elements * grad_loss
     # In full precision until targets' and negatives' parts are added up.
     arguments = (target_ids, target_dlogit, upstream, hidden, n_classes, rows.dtype, with_rows, with_bias)
@@ -188,16 +184,35 @@ def _shared_row_grad(
     if classes.device.type != "cpu":
         keep = present.nonzero()[:, 0]
         classes, rows, elements = classes[keep], rows[keep] if with_rows else rows, elements[keep]
-    merged, place = torch.unique(torch.cat([of_targets, classes]), return_inverse=True)
-    first, second = place[: len(of_targets)], place[len(of_targets) :]
+    rows, elements = rows if with_rows else rows[:0], elements if with_bias else elements[:0]
+    return _merge(of_targets, (target_rows, target_elements), classes, (rows, elements), dtype)
 
-    def sum_of(of_target: Tensor, of_negative: Tensor) -> Tensor:
-        total = of_target.new_zeros((len(merged), *of_target.shape[1:]))
-        return total.index_copy_(0, first, of_target).index_add_(0, second, of_negative).to(dtype)
 
-    rows = sum_of(target_rows, rows) if with_rows else target_rows.to(dtype)
-    elements = sum_of(target_elements, elements) if with_bias else target_elements.to(dtype)
-    return merged, rows, elements
+def _merge(
+    classes: Tensor, values: tuple[Tensor, ...], more_classes: Tensor, more_values: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Sum of two gradients of ascending classes, those of the second maybe repeated: (classes, *values of dtype)."""
+    place = torch.searchsorted(classes, more_classes)  # of what is in both: among the first; else how many come before
+    known = torch.zeros_like(more_classes, dtype=torch.bool)
+    if len(classes):
+        known = classes[place.clamp_max(len(classes) - 1)] == more_classes
+    new_classes, which = torch.unique_consecutive(more_classes[~known], return_inverse=True)
+    of_old = torch.arange(len(classes), device=classes.device) + torch.searchsorted(new_classes, classes)
+    of_new = torch.arange(len(new_classes), device=classes.device) + torch.searchsorted(classes, new_classes)
+    merged = classes.new_empty(len(classes) + len(new_classes))
+    merged[of_old], merged[of_new] = classes, new_classes
+
+    def sum_of(old: Tensor, more: Tensor) -> Tensor:
+        if len(old) != len(classes) or len(more) != len(more_classes):  # not wanted
+            return old.to(dtype)
+        old.index_add_(0, place[known], more[known])
+        fresh = more[~known]
+        if len(new_classes) < len(fresh):
+            fresh = fresh.new_zeros((len(new_classes), *fresh.shape[1:])).index_add_(0, which, fresh)
+        total = old.new_empty((len(merged), *old.shape[1:]))
+        return total.index_copy_(0, of_old, old).index_copy_(0, of_new, fresh).to(dtype)
+
+    return merged, *(sum_of(*pair) for pair in zip(values, more_values, strict=True))
 
 
 _ops.implement("shared_loss", _shared_loss)

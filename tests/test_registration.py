@@ -15,6 +15,10 @@ from nce_ext import noise as noises
 pytestmark = pytest.mark.usefixtures("native")
 
 V, D, B, T, K = 11, 6, 5, 2, 4
+OBJECTIVE = {
+    "objective": 0, "positive_weight": 1.0, "label_smoothing": 0.0, "temperature": 0.0, "correct_positive": True,
+}  # fmt: skip
+SOFTMAX, ADVERSARIAL = {"objective": 1, "label_smoothing": 0.1}, {"objective": 2, "temperature": 0.5}
 
 
 def forward_arguments(**changes):
@@ -39,12 +43,78 @@ def forward_arguments(**changes):
         "uniform_labels": False,
         "mean_candidates": False,
         "ignore_index": -100,
+        **OBJECTIVE,
         "needs_hidden_grad": True,
         "needs_row_grad": True,
         "gradient_layout": 0,
     }
     assert set(changes) <= set(arguments)
     return tuple({**arguments, **changes}.values())
+
+
+def shared_arguments(**changes):
+    """Positional arguments of shared_loss by name, in the order of its schema."""
+    arguments = {
+        "hidden": torch.randn(B, D),
+        "weight": torch.randn(V, D),
+        "bias": torch.randn(V),
+        "target": torch.randint(V, (B, T)),
+        "log_z": None,
+        "negatives": torch.randint(V, (K,)),
+        "target_log_q": -torch.rand(B, T),
+        "negative_log_q": -torch.rand(K),
+        "row_scale": None,
+        "distinct": False,
+        "offset": 1.0,
+        "remove_hits": True,
+        "uniform_labels": False,
+        "mean_candidates": False,
+        "ignore_index": -100,
+        **OBJECTIVE,
+        "needs_hidden_grad": True,
+        "needs_row_grad": True,
+        "gradient_layout": 0,
+    }
+    assert set(changes) <= set(arguments)
+    return tuple({**arguments, **changes}.values())
+
+
+def epilogue_arguments(**changes):
+    """Positional arguments of shared_loss_ by name, in the order of its schema."""
+    arguments = {
+        "logits": torch.randn(B, K),
+        "hidden": torch.randn(B, D),
+        "weight": torch.randn(V, D),
+        "bias": torch.randn(V),
+        "target": torch.randint(V, (B, T)),
+        "target_log_q": -torch.rand(B, T),
+        "log_z": None,
+        "column_shift": torch.randn(K),
+        "multiplicity": None,
+        "hits": None,
+        "row_scale": None,
+        "offset": 1.0,
+        "uniform_labels": False,
+        "mean_candidates": False,
+        "n_draws": K,
+        "ignore_index": -100,
+        **OBJECTIVE,
+        "needs_derivatives": True,
+        "needs_hidden_grad": True,
+    }
+    assert set(changes) <= set(arguments)
+    return tuple({**arguments, **changes}.values())
+
+
+def shared_row_arguments(reduced=True, layout=0, with_rows=True, with_bias=True, dtype=torch.float32):
+    """Positional arguments of shared_row_grad, from a call of shared_loss."""
+    arguments = shared_arguments(row_scale=torch.rand(B) if reduced else None)
+    _, target_ids, target_dlogit, _, classes, rows, elements, dlogit, _ = torch.ops.nce_ext.shared_loss(*arguments)
+    upstream = torch.randn(1 if reduced else B)
+    return (
+        target_ids, target_dlogit, upstream, arguments[0], classes, rows, elements, dlogit, V, dtype, with_rows,
+        with_bias, layout,
+    )  # fmt: skip
 
 
 def leaf(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,6 +132,7 @@ def row_arguments(with_rows=True, with_bias=True, dtype=torch.float32, hidden_dt
 
 def test_every_operator_is_checked_here():
     names = {"simd_level", "sample", "alias_table", "sampled_loss", "row_grad", "row_grad_dense"}
+    names |= {"shared_loss_", "shared_loss", "shared_row_grad"}
     names.add("scatter_sgd_")  # only CUDA has it: test_cuda.py
     schemas = {
         s.name.removeprefix("nce_ext::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("nce_ext::")
@@ -94,6 +165,8 @@ CASES = {
     },
     "all switches": {"remove_hits": True, "uniform_labels": True, "mean_candidates": True, "subtract_log_q": False},
     "no negatives": {"num_negatives": 0},
+    "softmax": SOFTMAX,
+    "adversarial": ADVERSARIAL,
     "uniform noise": {"kind": 0, "table": lambda: torch.empty((0, 4), dtype=torch.int32)},
 }
 
@@ -140,11 +213,48 @@ def test_opcheck_row_gradients(operator, padded, with_rows, with_bias, dtype):
     torch.library.opcheck(getattr(torch.ops.nce_ext, operator).default, arguments)
 
 
+SHARED_CASES = {
+    "binary": {},
+    "softmax": SOFTMAX,
+    "adversarial": ADVERSARIAL,
+    "no bias, no correction": {"bias": None, "target_log_q": None, "negative_log_q": None},
+    "learned log_z": {"log_z": lambda: leaf(B)},
+    "distinct": {"distinct": True},
+}
+
+
+@pytest.mark.parametrize("layout", [0, 1, 2])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("name", SHARED_CASES)
+def test_opcheck_shared_loss(name, reduced, layout):
+    changes = {key: value() if callable(value) else value for key, value in SHARED_CASES[name].items()}
+    changes |= {"gradient_layout": layout, "row_scale": torch.rand(B) if reduced else None}
+    arguments = shared_arguments(**{"hidden": leaf(B, D), "weight": leaf(V, D), **changes})
+    torch.library.opcheck(
+        torch.ops.nce_ext.shared_loss.default, arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        + (("test_aot_dispatch_dynamic",) if layout == 0 else ()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, SOFTMAX, ADVERSARIAL, {"needs_derivatives": False}, {"needs_hidden_grad": False}])
+def test_opcheck_shared_loss_epilogue(changes):
+    torch.library.opcheck(torch.ops.nce_ext.shared_loss_.default, epilogue_arguments(**changes))
+
+
+@pytest.mark.parametrize("layout", [0, 1, 2])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize(("with_rows", "with_bias"), [(True, True), (True, False), (False, True)])
+def test_opcheck_shared_row_grad(reduced, layout, with_rows, with_bias):
+    arguments = shared_row_arguments(reduced, layout, with_rows, with_bias, torch.bfloat16)
+    torch.library.opcheck(torch.ops.nce_ext.shared_row_grad.default, arguments)
+
+
 # Direct calls with bad tensors. One process for all: a crash shows as its exit status.
 PRELUDE = """
 import sys, torch, nce_ext
 sys.path.insert(0, {tests!r})
-from test_registration import B, D, K, T, V, forward_arguments, row_arguments
+from test_registration import B, D, K, T, V, epilogue_arguments, forward_arguments, row_arguments, shared_arguments
 ops = torch.ops.nce_ext
 f32, f64, i64, i32 = torch.float32, torch.float64, torch.int64, torch.int32
 noise = nce_ext.noise.Unigram(range(1, V + 1))
@@ -152,6 +262,10 @@ def sample(seed=torch.tensor([1, 2]), table=noise.table, kind=2, n=V, rows=3, co
     return ops.sample(seed, table, kind, n, rows, cols)
 def forward(**changes):
     return ops.sampled_loss(*forward_arguments(**changes))
+def epilogue(**changes):
+    return ops.shared_loss_(*epilogue_arguments(**changes))
+def shared(**changes):
+    return ops.shared_loss(*shared_arguments(**changes))
 def rows(at=None, value=None, operator=ops.row_grad):
     arguments = list(row_arguments(padded=() if operator is ops.row_grad_dense else (False,)))
     if at is not None:
@@ -218,6 +332,35 @@ BAD_CALLS = [
     "forward(target_log_q=torch.zeros(B, T, dtype=f64))",
     "forward(num_negatives=-1)",
     "forward(num_negatives=2**40)",
+    "forward(objective=3)",
+    "forward(objective=-1)",
+    "forward(objective=1, mean_candidates=True)",
+    "forward(objective=1, label_smoothing=1.5)",
+    "forward(objective=2, temperature=-1.0)",
+    "forward(correct_positive=False)",
+    "forward(objective=1, correct_positive=False)",
+    "epilogue(logits=torch.randn(B, K, dtype=f64))",
+    "epilogue(logits=torch.randn(B - 1, K))",
+    "epilogue(logits=torch.randn(K, B).t())",
+    "epilogue(logits=torch.randn(1, K).expand(B, K))",
+    "epilogue(hidden=torch.randn(B, D + 1))",
+    "epilogue(weight=torch.randn(D, V).t())",
+    "epilogue(bias=torch.randn(V - 1))",
+    "epilogue(target=torch.full((B, T), V))",
+    "epilogue(target=torch.full((B, T), -1))",
+    "epilogue(target=torch.zeros(B, T, dtype=i32))",
+    "epilogue(target_log_q=torch.full((B, T), float('nan')))",
+    "epilogue(target_log_q=torch.zeros(B, T + 1))",
+    "epilogue(log_z=torch.zeros(B + 1))",
+    "epilogue(column_shift=torch.zeros(K + 1))",
+    "epilogue(multiplicity=torch.zeros(K, dtype=i64))",
+    "epilogue(hits=torch.zeros(B, T, dtype=i32))",
+    "epilogue(row_scale=torch.zeros(B, 1))",
+    "epilogue(n_draws=-1)",
+    "epilogue(objective=1, correct_positive=False)",
+    "shared(negatives=torch.full((K,), V))",
+    "shared(negatives=torch.full((K,), -1))",
+    "shared(target=torch.full((B, T), V))",
     "rows(0, torch.zeros(B, T + K, dtype=i64))",
     "rows(0, torch.full((B, T + K), V, dtype=i32))",
     "rows(0, torch.zeros(B * (T + K), dtype=i32))",
@@ -249,6 +392,10 @@ ODD_CALLS = [
     "rows(0, torch.full((B, T + K), -7, dtype=i32))",
     "rows(0, torch.full((B, T + K), -2**31, dtype=i32), ops.row_grad_dense)",
     "rows(3, torch.zeros(B, 0))",
+    "epilogue(target=torch.full((B, T), -100))",
+    "epilogue(logits=torch.randn(B, 0), column_shift=torch.zeros(0))",
+    "shared(negatives=torch.empty((0,), dtype=i64), negative_log_q=torch.empty(0))",
+    "shared(hidden=torch.randn(0, D), target=torch.empty((0, T), dtype=i64), target_log_q=torch.empty(0, T))",
 ]
 
 

@@ -1,5 +1,5 @@
-// An example's hidden vector, the rows it is multiplied with and the gradient that they add up to, spread over the lanes
-// of a warp, or over those of all warps of a block.
+// An example's hidden vector, the rows it is multiplied with and the gradient that they add up to, spread over the
+// lanes of a warp, or over those of all warps of a block.
 #pragma once
 
 #include "pack.cuh"

@@ -18,12 +18,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
     double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_hidden_grad,
     bool needs_row_grad, int64_t /*gradient layout: for the backward pass*/) {
   const OnDevice device(hidden);
-  const SampledLossCall call =
-      prepare_sampled_loss(hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q,
-                           kind, num_negatives, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates,
-                           ignore_index,
-                           objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
-                           needs_hidden_grad, needs_row_grad);
+  const SampledLossCall call = prepare_sampled_loss(
+      hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
+      subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
+      objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive), needs_hidden_grad,
+      needs_row_grad);
   const bool whole = call.p.objective.kind != ObjectiveKind::kBinary;
   switch (call.storage) {
     case Storage::kFloat:

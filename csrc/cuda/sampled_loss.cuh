@@ -25,10 +25,10 @@ template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
 struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate> {
   using Rows = ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate>;
   using Real = typename Rows::Real;
-  using Rows::p, Rows::lane, Rows::group, Rows::in_group, Rows::warp, Rows::n_warps, Rows::dim, Rows::n_vectors;
+  using Rows::element_of, Rows::load_row, Rows::hidden_part, Rows::add_in_memory, Rows::scale_gradient;
   using Rows::kPer, Rows::kVectors, Rows::kGroup, Rows::kRows, Rows::kGroups, Rows::kBatch, Rows::kShare;
   using Rows::kSplit, Rows::kHold, Rows::gradient;
-  using Rows::element_of, Rows::load_row, Rows::hidden_part, Rows::add_in_memory, Rows::scale_gradient;
+  using Rows::p, Rows::lane, Rows::group, Rows::in_group, Rows::warp, Rows::n_warps, Rows::dim, Rows::n_vectors;
   static constexpr bool kSeveral = Shape::kSeveral;
   static constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kWhole = kPurpose == Purpose::kWhole;
 
@@ -170,8 +170,8 @@ struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose
   __device__ __forceinline__ void finish_whole(int64_t example, int n_positive, Real positive_label) {
     const auto n_targets = static_cast<uint32_t>(p.n_targets);
     const auto n_columns = static_cast<uint32_t>(p.n_targets + p.n_negatives);
-    const Normaliser<Real> n = normalise(p.objective, sums.total(p.objective, n_positive), n_positive,
-                                         p.uniform_labels, log_not_target<Real>(p, example));
+    const Normaliser<Real> n = normalise(p.objective, sums.total(p.objective, n_positive), n_positive, p.uniform_labels,
+                                         log_not_target<Real>(p, example));
     if (warp == 0 && lane == 0) static_cast<Real*>(p.loss)[example] = n.loss;
     if (!p.dlogit) return;
     Real* dlogit = static_cast<Real*>(p.dlogit) + example * n_columns;

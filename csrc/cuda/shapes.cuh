@@ -28,8 +28,8 @@ struct RowShape {
 // objectives over the whole example.
 enum class Purpose : int { kBinary, kUpdate, kWhole };
 
-// Reading by less than 16 bytes takes more registers, and so does beside many rows at once what an update or an example's
-// sums take.
+// Reading by less than 16 bytes takes more registers, and so does beside many rows at once what an update or an
+// example's sums take.
 template <class Shape, Access kAccess, Purpose kPurpose>
 constexpr int blocks_for() {
   constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kMany = Shape::kRows == 8;

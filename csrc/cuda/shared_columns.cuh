@@ -50,7 +50,7 @@ struct SharedColumns {
   SharedMemory<Real>& shared = *shared_memory<SharedMemory<Real>>();
 
   int64_t example;
-  Real log_z, factor;  // factor: of every derivative
+  Real log_z, factor;           // factor: of every derivative
   uint32_t hit_begin, hit_end;  // columns that may be hits
 
   struct Scores {

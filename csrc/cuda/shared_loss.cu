@@ -16,8 +16,8 @@ namespace {
 template <class Stored, int kHeld>
 void launch_shared_loss(const SharedLoss& p, int n_warps, const OnDevice& device) {
   static Occupancy occupancy[kSharedWarps + 1];
-  launch_persistent(shared_loss_kernel<Stored, kHeld>, p.batch, n_warps * kWarp,
-                    sizeof(SharedMemory<Compute<Stored>>), device, occupancy[n_warps], p);
+  launch_persistent(shared_loss_kernel<Stored, kHeld>, p.batch, n_warps * kWarp, sizeof(SharedMemory<Compute<Stored>>),
+                    device, occupancy[n_warps], p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
@@ -28,11 +28,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
     double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_derivatives,
     bool needs_hidden_grad) {
   const OnDevice device(logits);
-  const SharedLossCall call = prepare_shared_loss(
-      logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits, row_scale, offset,
-      uniform_labels, mean_candidates, n_draws, ignore_index,
-      objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive), needs_derivatives,
-      needs_hidden_grad);
+  const SharedLossCall call =
+      prepare_shared_loss(logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits,
+                          row_scale, offset, uniform_labels, mean_candidates, n_draws, ignore_index,
+                          objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
+                          needs_derivatives, needs_hidden_grad);
   const int n_warps = shared_loss_warps(call.p);
   with_stored(call.storage, [&](auto stored) {
     using Stored = decltype(stored);

@@ -176,8 +176,16 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>, kHeld> {
   }
 };
 
+// Of full blocks, on a multiprocessor: the largest that spills nothing.
 template <class Stored, int kHeld>
-__global__ void __launch_bounds__(kSharedWarps* kWarp) shared_loss_kernel(const __grid_constant__ SharedLoss p) {
+constexpr int shared_loss_blocks() {
+  if (sizeof(Stored) == 8) return kHeld == 8 ? 1 : 2;
+  return kHeld == 8 ? 2 : 3;
+}
+
+template <class Stored, int kHeld>
+__global__ void __launch_bounds__(kSharedWarps* kWarp, shared_loss_blocks<Stored, kHeld>())
+    shared_loss_kernel(const __grid_constant__ SharedLoss p) {
   SharedLossBlock<Stored, kHeld> block{{p}};
   for (int64_t example = blockIdx.x; example < p.batch; example += gridDim.x) block.run(example);
 }

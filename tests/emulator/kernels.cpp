@@ -1,23 +1,9 @@
 // The Python module emulated_kernels: the CUDA kernels on numpy arrays, run by the emulator of the grid.
-//
-// Arrays are read where they lie, and outputs and scratch have exactly the size that a kernel may touch, so that
-// AddressSanitizer sees every access out of bounds. Both are poisoned: outputs by 0x7F, which is neither an id nor NaN,
-// since -1 and NaN are results; scratch by 0xFF, which is NaN.
-#include "kernels.h"
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cmath>
 #include <numeric>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "arrays.h"
 #include "sample.cuh"
-
-namespace py = pybind11;
 
 namespace emulated {
 namespace {
@@ -25,65 +11,6 @@ namespace {
 using nce::AliasEntry;
 using nce::Noise;
 using nce::NoiseKind;
-using Array = std::optional<py::array>;
-using Shape = std::vector<py::ssize_t>;
-
-void check(bool valid, const std::string& what) {
-  if (!valid) throw std::invalid_argument(what);
-}
-
-// bfloat16 is held as uint16, which numpy has.
-Storage storage_of(const std::string& name, const py::dtype& type) {
-  if (type.is(py::dtype::of<float>())) return Storage::kFloat;
-  if (type.is(py::dtype::of<double>())) return Storage::kDouble;
-  if (type.is(py::dtype::of<uint16_t>())) return Storage::kBFloat16;
-  check(type.char_() == 'e', name + " must be float32, float64, float16 or uint16");
-  return Storage::kHalf;
-}
-
-py::dtype dtype_of(Storage storage) {
-  switch (storage) {
-    case Storage::kFloat:
-      return py::dtype::of<float>();
-    case Storage::kDouble:
-      return py::dtype::of<double>();
-    case Storage::kBFloat16:
-      return py::dtype::of<uint16_t>();
-    default:
-      return py::dtype("e");
-  }
-}
-
-Storage compute_of(Storage storage) { return storage == Storage::kDouble ? storage : Storage::kFloat; }
-
-// Distance in elements between what the first index tells apart.
-int64_t stride_of(const std::string& name, const py::array& a) {
-  check(a.strides(0) % a.itemsize() == 0, name + " must lie a whole number of elements apart");
-  return a.strides(0) / a.itemsize();
-}
-
-void check_rows(const std::string& name, const py::array& a, int64_t dim) {
-  check(a.ndim() == 2 && a.shape(1) == dim, name + " must have two dimensions, the last of D");
-  check(dim <= 1 || a.size() == 0 || a.strides(1) == a.itemsize(), name + " must have rows of adjacent elements");
-}
-
-const void* contiguous(const std::string& name, const py::array& a, const py::dtype& type, const Shape& shape) {
-  check(a.dtype().is(type), name + " has the wrong dtype");
-  check(Shape(a.shape(), a.shape() + a.ndim()) == shape, name + " has the wrong shape");
-  check((a.flags() & py::array::c_style) != 0, name + " must be contiguous");
-  return a.data();
-}
-
-template <class T>
-const T* contiguous(const std::string& name, const py::array& a, const Shape& shape) {
-  return static_cast<const T*>(contiguous(name, a, py::dtype::of<T>(), shape));
-}
-
-py::array poisoned(const py::dtype& type, const Shape& shape) {
-  py::array a(type, shape);
-  std::memset(a.mutable_data(), 0x7F, static_cast<size_t>(a.nbytes()));
-  return a;
-}
 
 // Scratch of exactly `bytes`, poisoned by NaN.
 class Scratch {
@@ -205,8 +132,8 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
                                 const Array& negative_log_q, bool subtract_log_q, double offset, bool remove_hits,
                                 bool uniform_labels, bool mean_candidates, int64_t ignore_index, int objective,
                                 double positive_weight, double label_smoothing, double temperature,
-                                bool correct_positive, bool hidden_grad, bool row_grad, std::optional<float> step, int64_t grid, int warps, int access,
-                                uint64_t order) {
+                                bool correct_positive, bool hidden_grad, bool row_grad, std::optional<float> step,
+                                int64_t grid, int warps, int access, uint64_t order) {
   SampledLoss p = arguments_of(hidden, weight, bias, target, log_z, seed, kind, table, n_negatives, negatives,
                                target_log_q, negative_log_q);
   p.subtract_log_q = subtract_log_q;
@@ -335,8 +262,10 @@ PYBIND11_MODULE(emulated_kernels, m) {
         arg("subtract_log_q") = true, arg("offset") = 0.0, arg("remove_hits") = false, arg("uniform_labels") = false,
         arg("mean_candidates") = false, arg("ignore_index") = -100, arg("objective") = 0, arg("positive_weight") = 1.0,
         arg("label_smoothing") = 0.0, arg("temperature") = 0.0, arg("correct_positive") = true,
-        arg("hidden_grad") = true, arg("row_grad") = true, arg("step") = none, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+        arg("hidden_grad") = true, arg("row_grad") = true, arg("step") = none, arg("grid") = 0, arg("warps") = 0,
+        arg("access") = -1, arg("order") = 0);
   m.def("row_grad", &row_grad, arg("ids"), arg("dlogit"), arg("grad_loss"), arg("hidden"), arg("n_classes"),
         arg("dtype"), arg("layout"), py::kw_only(), arg("with_rows") = true, arg("with_bias") = true,
         arg("tile_pairs") = 0, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+  bind_shared_loss(m);
 }
