@@ -13,7 +13,10 @@ from bench import report
 from bench.timing import Row, Stopwatch
 
 # The order of the table.
-ORDER = ("test_step", "test_forward_bandwidth", "test_full_softmax", "test_sampling", "test_memory", "test_kept_memory")
+ORDER = (
+    "test_step", "test_shared", "test_forward_bandwidth", "test_full_softmax", "test_sampling", "test_memory",
+    "test_kept_memory",
+)  # fmt: skip
 ROWS = pytest.StashKey[list[Row]]()
 
 

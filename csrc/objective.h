@@ -64,4 +64,11 @@ NCE_HD Column<Real> binary_column(Real z, Real label) {
   return Column<Real>{loss, unlabelled * positive - label * negative};
 }
 
+// binary_column of label 0, for a finite z.
+template <class Real>
+NCE_HD Column<Real> negative_column(Real z) {
+  const Real e = exp_negative(magnitude(z)), larger = reciprocal(Real(1) + e);
+  return Column<Real>{max_zero(z) + log1p_unit(e), select_nonnegative(z, larger, e * larger)};
+}
+
 }  // namespace nce

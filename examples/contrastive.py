@@ -23,7 +23,7 @@ from _data import DataError, find_file, parser, prepare, progress, require, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext import InfoNCELoss, SigmoidContrastiveLoss
 
 TEMPERATURE = 0.2
 BATCH = 256

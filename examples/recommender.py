@@ -204,6 +204,7 @@ def draw(pyplot: ModuleType, path: Path, results: list[Result]) -> None:
         epochs = range(1, len(result.curve) + 1)
         axes.plot(epochs, result.curve, label=result.name, linestyle="-" if result.seconds else ":")
     axes.set(xlabel="epoch", ylabel="NDCG@10 of the validation films")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -6,16 +6,24 @@
 replaces ``nn.Linear(in_features, n_classes)`` followed by ``nn.CrossEntropyLoss()``.
 """
 
-from nce_ext import evaluate, functional, noise
+from nce_ext import contrastive, density, evaluate, functional, noise
 from nce_ext._library import __version__, build_info, set_debug
+from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext.density import DensityNCELoss
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss
 
 __all__ = [
+    "CrossBatchMemory",
+    "DensityNCELoss",
+    "InfoNCELoss",
     "NCELoss",
     "NegativeSamplingLoss",
     "SampledSoftmaxLoss",
+    "SigmoidContrastiveLoss",
     "__version__",
     "build_info",
+    "contrastive",
+    "density",
     "evaluate",
     "functional",
     "noise",

@@ -79,6 +79,11 @@ def _one_dnn_works() -> bool:
         return False
 
 
+def is_one(value: Tensor) -> bool:
+    """Whether a tensor is the number 1, as what backward() starts with is; only where that costs no waiting."""
+    return not torch.compiler.is_compiling() and value.device.type == "cpu" and value.numel() == 1 and bool(value == 1)
+
+
 def implement(name: str, function: Callable[..., Any]) -> None:
     """Make a Python function the operator's kernel, for every device that has compiled ones."""
     if _registered:
@@ -318,7 +323,9 @@ def _shared_backward(ctx, grad_loss, *_):
     grad_hidden, grad_shift, hidden, target_ids, target_dlogit, classes, rows, elements, dlogit = ctx.saved_tensors
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     if needs_hidden:
-        inputs[0] = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
+        if grad_loss.shape[0] != 1 or not is_one(grad_loss):
+            grad_hidden = grad_hidden * grad_loss[:, None]
+        inputs[0] = grad_hidden.to(ctx.hidden_dtype)
     if needs_weight or needs_bias:
         layout = ctx.gradient_layout
         if layout == COALESCED and _capturing(hidden.device):

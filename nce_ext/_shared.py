@@ -39,27 +39,34 @@ def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
 
 
 class _Columns:
-    """The negatives as columns of a matrix of scores: sorted by class, and on the CPU equal ones merged."""
+    """The negatives as columns of a matrix of scores, sorted by class; of equal ones the first counts for all of them.
+
+    On the CPU the others are left out. On CUDA, where one would have to wait for their number, they count 0 times.
+    """
 
     def __init__(self, ids: Tensor, log_q: Tensor | None, n_classes: int, *, distinct: bool) -> None:
         self.n_draws = len(ids)
-        self.bad = ((ids < 0) | (ids >= n_classes)).any()
-        ascending, order = torch.where((ids < 0) | (ids >= n_classes), 0, ids).sort(stable=True)
-        log_q = None if log_q is None else log_q[order]
-        self.multiplicity: Tensor | None = None
-        first = torch.ones_like(ascending, dtype=torch.bool)
-        first[1:] = ascending[1:] != ascending[:-1]
+        bad = (ids < 0) | (ids >= n_classes)
+        self.bad = bad.any()
+        self.ids, order = torch.where(bad, 0, ids).sort(stable=True)
+        self.log_q = None if log_q is None else log_q[order]
+        first = torch.ones_like(self.ids, dtype=torch.bool)
+        first[1:] = self.ids[1:] != self.ids[:-1]
+        if self.log_q is not None:  # that of the caller may differ between equal ids
+            first[1:] |= self.log_q[1:] != self.log_q[:-1]
+        self.multiplicity: Tensor | None
         if ids.device.type == "cpu":
-            if log_q is not None:  # that of the caller may differ between equal ids
-                first[1:] |= log_q[1:] != log_q[:-1]
             starts = first.nonzero()[:, 0]
+            self.multiplicity = None
             if len(starts) < len(ids):
-                ascending, log_q = ascending[starts], None if log_q is None else log_q[starts]
+                self.ids, self.log_q = self.ids[starts], None if self.log_q is None else self.log_q[starts]
                 if not distinct:
                     self.multiplicity = torch.diff(starts, append=starts.new_tensor([self.n_draws]))
-        elif distinct:  # the number of distinct ids is not known without waiting
+        elif distinct:
             self.multiplicity = first
-        self.ids, self.log_q = ascending, log_q
+        else:
+            run = first.cumsum(0) - 1
+            self.multiplicity = torch.where(first, torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))[run], 0)
 
     def hits(self, target: Tensor) -> Tensor:
         """int32 [B, T, 2]: the columns of each target's class."""
@@ -101,7 +108,7 @@ def _shared_loss(
     classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=weight.device)
     accumulates = needs_row_grad and not kept
     grad_columns = hidden.new_zeros((dim, n if accumulates else 0), dtype=compute)  # transposed: the faster product
-    grad_rows = hidden.new_zeros((k if accumulates else 0, dim), dtype=compute)
+    grad_rows = hidden.new_empty((k if accumulates else 0, dim), dtype=compute)
     grad_elements = hidden.new_zeros((k if accumulates else 0,), dtype=compute)
     dlogit = hidden.new_zeros((batch if kept else 0, k), dtype=compute)
     if needs_row_grad:
@@ -131,7 +138,7 @@ def _shared_loss(
             grad_columns += _product(x.T.contiguous(), factors.T, compute)
             grad_elements[:n] += logits.sum(0)
     if accumulates:
-        grad_rows[:n] = grad_columns.T
+        grad_rows[:n], grad_rows[n:] = grad_columns.T, 0
     if row_scale is not None:
         loss = (loss * row_scale).sum().reshape(1)
     return (
@@ -149,70 +156,52 @@ def _shared_row_grad(
     gradient_layout,
 ):  # fmt: skip
     batch = hidden.shape[0]
-    reduced = dlogit.shape[0] != batch  # rows and elements are there, scaled but by what comes from above
-    upstream = grad_loss.expand(batch)
     present = classes >= 0
     if classes.device.type == "cpu":
         n = int(present.sum())
         classes, rows, elements, dlogit = classes[:n], rows[:n], elements[:n], dlogit[:, :n]
+    elif gradient_layout == _ops.COALESCED:  # waits, as row_grad does
+        keep = present.nonzero()[:, 0]
+        classes, rows, elements, dlogit = classes[keep], rows[keep[: len(rows)]], elements[keep[: len(elements)]], dlogit[:, keep]
+    upstream = grad_loss.expand(batch)
     if not batch:
-        rows, elements = hidden.new_zeros((len(classes), hidden.shape[1])), hidden.new_zeros(len(classes))
-        rows, elements = rows.to(dlogit.dtype), elements.to(dlogit.dtype)
-    elif not reduced:
-        scaled = hidden.to(dlogit.dtype) * upstream[:, None]
-        rows = _ops.product(dlogit.T, scaled.T) if with_rows else rows
+        rows = hidden.new_zeros((len(classes), hidden.shape[1]), dtype=dlogit.dtype)
+        elements = dlogit.new_zeros(len(classes))
+    elif dlogit.shape[0] == batch:
+        rows = _ops.product(dlogit.T, (hidden.to(dlogit.dtype) * upstream[:, None]).T) if with_rows else rows
         elements = dlogit.T @ upstream
-    else:
+    elif not _ops.is_one(grad_loss):
         rows, elements = rows * grad_loss if with_rows else rows, elements * grad_loss
+
     # In full precision until targets' and negatives' parts are added up.
-    arguments = (target_ids, target_dlogit, upstream, hidden, n_classes, rows.dtype, with_rows, with_bias)
-    if gradient_layout == _ops.DENSE:
-        dense, bias = _ops.row_grad_dense(*arguments)
-        known = torch.where(present[: len(classes)], classes, 0)  # the others' rows are zero
-        if with_rows:
-            dense.index_add_(0, known, rows)
-        if with_bias:
-            bias.index_add_(0, known, elements)
-        return classes.new_empty((0,)), dense.to(dtype), bias.to(dtype)
-    padded = gradient_layout == _ops.PADDED
-    of_targets, target_rows, target_elements = _ops.row_grad(*arguments, padded)
-    if padded:
-        known = torch.where(present[: len(classes)], classes, 0)
+    rest = (upstream, hidden, n_classes, dlogit.dtype, with_rows, with_bias)
+    known = torch.where(classes >= 0, classes, 0)  # the others' rows are zero
+    if gradient_layout == _ops.PADDED:
+        of_targets, target_rows, target_elements = _ops.row_grad(target_ids, target_dlogit, *rest, True)
         rows = torch.cat([target_rows, rows]) if with_rows else target_rows
         elements = torch.cat([target_elements, elements]) if with_bias else target_elements
         return torch.cat([of_targets, known]), rows.to(dtype), elements.to(dtype)
-    if classes.device.type != "cpu":
-        keep = present.nonzero()[:, 0]
-        classes, rows, elements = classes[keep], rows[keep] if with_rows else rows, elements[keep]
-    rows, elements = rows if with_rows else rows[:0], elements if with_bias else elements[:0]
-    return _merge(of_targets, (target_rows, target_elements), classes, (rows, elements), dtype)
+    if gradient_layout == _ops.DENSE:
+        merged, place = classes.new_empty((0,)), known
+        total, total_elements = _ops.row_grad_dense(target_ids, target_dlogit, *rest)
+    else:
+        merged, total, total_elements = _ops.row_grad(*_with_classes(target_ids, target_dlogit, classes), *rest, False)
+        place = torch.searchsorted(merged, classes)
+    if with_rows:
+        total.index_add_(0, place, rows)
+    if with_bias:
+        total_elements.index_add_(0, place, elements)
+    return merged, total.to(dtype), total_elements.to(dtype)
 
 
-def _merge(
-    classes: Tensor, values: tuple[Tensor, ...], more_classes: Tensor, more_values: tuple[Tensor, ...], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Sum of two gradients of ascending classes, those of the second maybe repeated: (classes, *values of dtype)."""
-    place = torch.searchsorted(classes, more_classes)  # of what is in both: among the first; else how many come before
-    known = torch.zeros_like(more_classes, dtype=torch.bool)
-    if len(classes):
-        known = classes[place.clamp_max(len(classes) - 1)] == more_classes
-    new_classes, which = torch.unique_consecutive(more_classes[~known], return_inverse=True)
-    of_old = torch.arange(len(classes), device=classes.device) + torch.searchsorted(new_classes, classes)
-    of_new = torch.arange(len(new_classes), device=classes.device) + torch.searchsorted(classes, new_classes)
-    merged = classes.new_empty(len(classes) + len(new_classes))
-    merged[of_old], merged[of_new] = classes, new_classes
-
-    def sum_of(old: Tensor, more: Tensor) -> Tensor:
-        if len(old) != len(classes) or len(more) != len(more_classes):  # not wanted
-            return old.to(dtype)
-        old.index_add_(0, place[known], more[known])
-        fresh = more[~known]
-        if len(new_classes) < len(fresh):
-            fresh = fresh.new_zeros((len(new_classes), *fresh.shape[1:])).index_add_(0, which, fresh)
-        total = old.new_empty((len(merged), *old.shape[1:]))
-        return total.index_copy_(0, of_old, old).index_copy_(0, of_new, fresh).to(dtype)
-
-    return merged, *(sum_of(*pair) for pair in zip(values, more_values, strict=True))
+def _with_classes(ids: Tensor, dlogit: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """More columns, with derivative 0, so that the gradient of the targets has rows for these classes too."""
+    batch = len(ids)
+    width = -(-len(classes) // batch) if batch else 0
+    more = ids.new_full((batch, width), -1)
+    if batch:
+        more.view(-1)[: len(classes)] = classes.to(ids.dtype)
+    return torch.cat([ids, more], 1), torch.cat([dlogit, torch.zeros_like(more, dtype=dlogit.dtype)], 1)
 
 
 _ops.implement("shared_loss", _shared_loss)

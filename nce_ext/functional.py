@@ -206,9 +206,12 @@ def sampled_softmax_loss(
         z[..., 1:] = z[..., 1:].masked_fill(ids[..., 1:] == target[..., None], -inf)
         loss = F.cross_entropy(z.flatten(0, -2), torch.zeros_like(target).flatten(), label_smoothing=label_smoothing)
 
-    in one pass over the rows. As k grows its gradient tends to that of the full softmax; unlike NCE it never asks that
-    scores be normalised. Bengio and Senecal, "Adaptive importance sampling to accelerate training of a neural
-    probabilistic language model", 2008; Jean et al., ACL 2015; consistency: Ma and Collins, EMNLP 2018.
+    in one pass over the rows. Unlike NCE it never asks that scores be normalised. As k grows its gradient tends to that
+    of the full softmax with ``unique``, with ``remove_hits=False`` or with ``correct_positive=False``. The default, hits
+    removed from draws with replacement, is the most used form and the right one while k q(target) stays well below 1;
+    beyond that the target is missing from its own normaliser. Bengio and Senecal, "Adaptive importance sampling to
+    accelerate training of a neural probabilistic language model", 2008; Jean et al., ACL 2015; consistency: Ma and
+    Collins, EMNLP 2018.
 
     Args: as :func:`nce_loss`, but for
         label_smoothing: eps in 0 .. 1: labels are (1 - eps) y + eps sum(y) / n over the n columns that are not masked.

@@ -224,8 +224,9 @@ class NegativeSamplingLoss(_SampledLoss):
 class SampledSoftmaxLoss(_SampledLoss):
     """Softmax over the target and k sampled negatives (ranking NCE), at a cost independent of the number of classes.
 
-    The classes' scores need not be normalised, and the log q correction makes the gradient tend to that of the full
-    softmax as k grows. Negatives that equal a target are left out.
+    The classes' scores need not be normalised, and the log q correction takes out the bias towards classes that are
+    drawn often. Negatives that equal a target are left out; where targets are so frequent that k q is no longer well
+    below 1, use ``unique=True`` or ``correct_positive=False``, or the target goes missing from its own normaliser.
 
     Args:
         label_smoothing: eps in 0 .. 1, spread over the columns that are not masked.

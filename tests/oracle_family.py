@@ -29,6 +29,7 @@ class Options(NamedTuple):
     temperature: float = 0.0
     correct_positive: bool = True
     uniform_labels: bool = False
+    small_digits: bool = True  # SOFTMAX: what is close to 0 is known to its last digits, as in no eager cross-entropy
 
 
 class Example(NamedTuple):
@@ -97,7 +98,7 @@ def softmax(z, size, n_targets: int, count, label: float, options: Options, log_
     dz, scale = total * share - labels, total * share * unsure + labels
     loss = float((labels * (normaliser - z)).sum())
     loss_scale = float((labels * (np.abs(normaliser - z) + size)).sum()) + total * unsure
-    if n_targets == 1 and not smooth:
+    if n_targets == 1 and not smooth and options.small_digits:
         # Whatever is close to 0 here is known to its last digits.
         rest = float(share[negative].sum())
         dz[0], scale[0] = -total * rest, total * rest * unsure
@@ -106,3 +107,57 @@ def softmax(z, size, n_targets: int, count, label: float, options: Options, log_
             loss = total * math.log1p(odds)
         loss_scale = loss + total * rest * unsure
     return Example(loss, dz, loss_scale, scale)
+
+
+def batch(
+    hidden, weight, target, negatives, options: Options, *, bias=None, target_log_q, negative_log_q, offsets=(),
+    log_z=0.0, remove_hits=False, n_draws=None, reduction="mean", ignore_index=-100, sample_weight=None, upstream=None,
+) -> oracle.Truth:  # fmt: skip
+    """hidden [B, D], target [B, T], negatives and log q of B rows; the loss is divided by T + n_draws unless that is None.
+
+    From every z are subtracted log_z, ``offsets`` and log q, which is 0 without a correction.
+    """
+    hidden, weight = np.asarray(hidden, np.float64), np.asarray(weight, np.float64)
+    n = len(hidden)
+    bias = np.zeros(len(weight)) if bias is None else bias
+    log_z = np.broadcast_to(np.asarray(log_z, np.float64), (n,))
+    factor = np.ones(n) if sample_weight is None else np.asarray(sample_weight, np.float64)
+    counted = np.array([any(y != ignore_index for y in row) for row in target], bool)
+    total = factor[counted].sum() if reduction == "mean" else 1.0
+    factor = factor / (total if total else 1.0)
+    scale = factor if upstream is None or reduction != "none" else factor * np.asarray(upstream, np.float64)
+    value, size = (
+        oracle.Values(np.zeros(n), np.zeros_like(hidden), np.zeros_like(weight), np.zeros_like(bias), np.zeros(n))
+        for _ in range(2)
+    )
+    terms, candidates = np.zeros(len(weight)), np.zeros(n)
+    for i in np.flatnonzero(counted):
+        at = [t for t, y in enumerate(target[i]) if y != ignore_index]
+        classes, log_q = [target[i][t] for t in at], [target_log_q[i][t] for t in at]
+        positives, log_q_target = set(classes), log_q[0]
+        if options.objective == SOFTMAX and not options.correct_positive:
+            log_q = [0.0] * len(at)
+        for c, q in zip(negatives[i], negative_log_q[i], strict=True):
+            if not (remove_hits and c in positives):
+                classes.append(c)
+                log_q.append(q)
+        shift = [-log_z[i], *(-offset for offset in offsets)]
+        parts = [[*(hidden[i] * weight[c]), bias[c], -q, *shift] for c, q in zip(classes, log_q, strict=True)]
+        z, z_size = [math.fsum(p) for p in parts], [math.fsum(map(abs, p)) for p in parts]
+        one = example(z, z_size, len(at), np.ones(len(z)), options, log_q_target)
+        share = 1.0 if n_draws is None else 1 / (len(at) + n_draws)
+        value.loss[i], size.loss[i] = share * factor[i] * one.loss, share * abs(factor[i]) * one.loss_scale
+        dz, dz_size = share * scale[i] * one.dz, share * abs(scale[i]) * one.dz_scale
+        value.hidden[i], size.hidden[i] = dz @ weight[classes], dz_size @ abs(weight[classes])
+        for into, d, x in ((value, dz, hidden[i]), (size, dz_size, abs(hidden[i]))):
+            np.add.at(into.weight, classes, d[:, None] * x)
+            np.add.at(into.bias, classes, d)
+        np.add.at(terms, classes, 1)
+        candidates[i] = len(classes)
+        value.log_z[i], size.log_z[i] = -dz.sum(), dz_size.sum()
+    drift, across = 1 + terms / 32, 1 + candidates / 32
+    size = size._replace(
+        hidden=size.hidden * across[:, None], weight=size.weight * drift[:, None], bias=size.bias * drift
+    )
+    losses = [v.loss if reduction == "none" else v.loss.sum() for v in (value, size)]
+    return oracle.Truth(*(v._replace(loss=np.asarray(x)) for v, x in zip((value, size), losses, strict=True)))

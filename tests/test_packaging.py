@@ -331,7 +331,9 @@ def test_only_ops_and_library_touch_the_operators():
 
 
 def test_public_names_exist_and_are_documented():
-    for module in (nce_ext, nce_ext.noise, nce_ext.functional, nce_ext.evaluate):
+    for module in (
+        nce_ext, nce_ext.noise, nce_ext.functional, nce_ext.evaluate, nce_ext.contrastive, nce_ext.density,
+    ):  # fmt: skip
         for name in module.__all__:
             thing = getattr(module, name)
             if callable(thing):

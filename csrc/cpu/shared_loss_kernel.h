@@ -73,7 +73,7 @@ struct SharedExample {
     each_vector(p.n_columns, [&](int64_t c, const auto& load_lanes, const auto& store_lanes) NCE_INLINE_LAMBDA {
       const Vec<Real> logit = read_score(c, load_lanes), count = counts(c, logit, load_lanes);
       const Vec<Real> shift = load_lanes(static_cast<const Real*>(p.column_shift) + c) - shift_of_all;
-      const Column<Vec<Real>> column = binary_column(clamp_finite(logit) + shift, Vec<Real>(Real(0)));
+      const Column<Vec<Real>> column = negative_column(clamp_finite(clamp_finite(logit) + shift));
       losses = fma(column.loss, count, losses);
       const Vec<Real> slope = column.dlogit * count * scale;
       slopes = slopes + slope;

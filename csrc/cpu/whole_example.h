@@ -22,7 +22,7 @@ NCE_INLINE Vec<Real> negative_dlogits(const Objective& objective, const Normalis
   Vec<Real> dlogit;
   if (objective.kind == ObjectiveKind::kAdversarial) {
     const Vec<Real> exponent = Vec<Real>(static_cast<Real>(objective.temperature)) * z;
-    dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - exponent) * binary_column(z, Vec<Real>(Real(0))).dlogit;
+    dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - exponent) * negative_column(clamp_finite(z)).dlogit;
   } else {
     dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - z) - Vec<Real>(n.smooth);
   }
@@ -39,7 +39,7 @@ NCE_INLINE Vec<Real> add_negatives(const Objective& objective, ExampleSums<Real>
   if (objective.kind == ObjectiveKind::kAdversarial) {
     const Vec<Real> exponent = Vec<Real>(static_cast<Real>(objective.temperature)) * z;
     const Vec<Real> e = live * exp_negative(max_zero(Vec<Real>(sums.negatives.max) - exponent));
-    const Column<Vec<Real>> column = binary_column(z, Vec<Real>(Real(0)));
+    const Column<Vec<Real>> column = negative_column(z);
     sums.negatives.weight += sum(e);
     sums.negative_value += sum(e * column.loss);
     return e * column.dlogit;

@@ -2,7 +2,7 @@
 // logits.
 //
 // An objective over the whole example goes over them twice, once for the sums and once for the derivatives. In between
-// the scores stay in registers where they fit; else the logits are read again.
+// the scores stay in shared memory where they fit; else the logits are read again.
 #pragma once
 
 #include "../example_objective.h"
@@ -14,14 +14,13 @@ namespace nce::cuda {
 
 constexpr int kSharedWarps = 8;  // of a block, at most
 
-// Calls f(the vectors of scores that a thread keeps, as a constant); 0: none.
-template <class Real, class F>
-void with_held_vectors(const SharedLoss& p, int n_warps, F&& f) {
-  const int64_t of_round = int64_t{n_warps} * kWarp * (16 / static_cast<int64_t>(sizeof(Real)));
-  const int64_t rounds = (p.n_columns + of_round - 1) / of_round;
-  if (p.objective.kind == ObjectiveKind::kBinary || rounds > 8) return f(std::integral_constant<int, 0>{});
-  if (rounds > 2) return f(std::integral_constant<int, 8>{});
-  return f(std::integral_constant<int, 2>{});
+// Elements of a row that a block keeps in shared memory between two passes: all, or none if they are too many.
+template <class Real>
+__host__ __device__ inline int64_t held_columns(const SharedLoss& p) {
+  constexpr int64_t kWide = 16 / static_cast<int64_t>(sizeof(Real)),
+                    kMost = 32 * 1024 / static_cast<int64_t>(sizeof(Real));
+  const bool whole = p.objective.kind != ObjectiveKind::kBinary;
+  return whole && p.n_columns <= kMost ? (p.n_columns + kWide - 1) / kWide * kWide : 0;
 }
 
 // What a warp tells the others of its columns.
@@ -32,14 +31,18 @@ struct ColumnSums {
 };
 
 template <class Real>
-struct SharedMemory {
+struct alignas(16) SharedMemory {
   Real dot[2][kSharedWarps];
   ColumnSums<Real> columns[kSharedWarps];
   Real loss[kSharedWarps], derivatives[kSharedWarps];
 };
 
-// The block's part of it; kHeld vectors of scores are kept by a thread.
-template <class Real, int kHeld>
+template <class Real>
+size_t shared_loss_bytes(const SharedLoss& p) {
+  return sizeof(SharedMemory<Real>) + static_cast<size_t>(held_columns<Real>(p)) * sizeof(Real);
+}
+
+template <class Real>
 struct SharedColumns {
   static constexpr int kWide = 16 / static_cast<int>(sizeof(Real));
 
@@ -48,6 +51,7 @@ struct SharedColumns {
   const int thread = threadIdx.x, n_threads = blockDim.x;
   const uint32_t n_columns = static_cast<uint32_t>(p.n_columns);
   SharedMemory<Real>& shared = *shared_memory<SharedMemory<Real>>();
+  const bool held = held_columns<Real>(p) > 0;
 
   int64_t example;
   Real log_z, factor;           // factor: of every derivative
@@ -68,6 +72,10 @@ struct SharedColumns {
     Real sum = Real(0);
     for (int w = 0; w < n_warps; ++w) sum += partial[w];
     return sum;
+  }
+  // Where the thread to which these columns belong keeps their scores.
+  __device__ __forceinline__ Vector* held_scores(uint32_t first) const {
+    return reinterpret_cast<Vector*>(&shared + 1) + first / kWide;
   }
 
   // kWide numbers of a row from column `first` on; 0 beyond the last one. Other threads may be writing the row.
@@ -204,48 +212,35 @@ struct SharedColumns {
     return sums;
   }
 
-  // Derivatives in the place of scores; returns their sum.
-  __device__ __forceinline__ Real differentiate(const Normaliser<Real>& n, uint32_t first, bool wide, Scores& s) const {
-    Real sum = Real(0);
-#pragma unroll
-    for (int e = 0; e < kWide; ++e) {
-      const bool live = s.z[e] != -infinity_of<Real>();
-      s.z[e] = live ? factor * s.count[e] * negative_dlogit(p.objective, n, s.z[e]) : Real(0);
-      sum += s.z[e];
-    }
-    write(first, wide, s.z);
-    return sum;
-  }
+  __device__ __forceinline__ uint32_t first_column() const { return static_cast<uint32_t>(thread) * kWide; }
+  __device__ __forceinline__ uint32_t step() const { return static_cast<uint32_t>(n_threads) * kWide; }
 
-  __device__ __forceinline__ uint32_t column_of(int vector) const {
-    return static_cast<uint32_t>(vector * n_threads + thread) * kWide;
+  // f(first column, scores) for this thread's columns. The next logits are on their way meanwhile.
+  template <class F>
+  __device__ __forceinline__ void each_scores(F&& f) const {
+    const bool wide = wide_logits();
+    Real next[kWide];
+    if (first_column() < n_columns) read(logits(), first_column(), wide, next);
+#pragma unroll 1
+    for (uint32_t first = first_column(); first < n_columns; first += step()) {
+      Real logit[kWide];
+#pragma unroll
+      for (int e = 0; e < kWide; ++e) logit[e] = next[e];
+      if (first + step() < n_columns) read(logits(), first + step(), wide, next);
+      Scores s = scores(first, logit);
+      f(first, s);
+    }
   }
 
   // Both passes over the columns for objectives over the whole example. Fills in `sums`, of which the targets' part is
   // there, and returns this thread's sum of derivatives.
   __device__ __forceinline__ Real whole_columns(ExampleSums<Real>& sums, int64_t n_positive, Real log_not_target,
-                                                Normaliser<Real>& n) {
-    const bool wide = wide_logits();
+                                                Normaliser<Real>& n) const {
     ColumnSums<Real> mine{{-infinity_of<Real>(), Real(0)}, Real(0), Real(0)};
-    Scores held[kHeld > 0 ? kHeld : 1];
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (column_of(v) < n_columns) read(logits(), column_of(v), wide, held[v].z);
-      }
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (column_of(v) >= n_columns) continue;
-        held[v] = scores(column_of(v), held[v].z);
-        take(held[v], mine);
-      }
-    } else {
-      for (uint32_t first = column_of(0); first < n_columns; first += n_threads * kWide) {
-        Real logit[kWide];
-        read(logits(), first, wide, logit);
-        take(scores(first, logit), mine);
-      }
-    }
+    each_scores([&](uint32_t first, const Scores& s) {
+      if (held) std::memcpy(held_scores(first)->word, s.z, 16);
+      take(s, mine);
+    });
     const ColumnSums<Real> all = total(mine);
     sums.negatives = all.negatives;
     sums.negative_value = all.negative_value;
@@ -254,32 +249,33 @@ struct SharedColumns {
     if (thread == 0) static_cast<Real*>(p.loss)[example] = n.loss;
     Real derivatives = Real(0);
     if (!p.needs_derivatives) return derivatives;
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int v = 0; v < kHeld; ++v) {
-        if (column_of(v) >= n_columns) continue;
-        count_columns(column_of(v), held[v].count);
-        derivatives += differentiate(n, column_of(v), wide, held[v]);
-      }
-    } else {
-      for (uint32_t first = column_of(0); first < n_columns; first += n_threads * kWide) {
+    const bool wide = wide_logits();
+#pragma unroll 1
+    for (uint32_t first = first_column(); first < n_columns; first += step()) {
+      Scores s;
+      if (held) {
+        std::memcpy(s.z, held_scores(first)->word, 16);
+        count_columns(first, s.count);
+      } else {
         Real logit[kWide];
         read(logits(), first, wide, logit);
-        Scores s = scores(first, logit);
-        derivatives += differentiate(n, first, wide, s);
+        s = scores(first, logit);
       }
+#pragma unroll
+      for (int e = 0; e < kWide; ++e) {
+        const bool live = s.z[e] != -infinity_of<Real>();
+        s.z[e] = live ? factor * s.count[e] * negative_dlogit(p.objective, n, s.z[e]) : Real(0);
+        derivatives += s.z[e];
+      }
+      write(first, wide, s.z);
     }
     return derivatives;
   }
 
   // Each column by itself. Returns this thread's sum of derivatives, and adds to `loss`.
   __device__ __forceinline__ Real binary_columns(Real& loss) const {
-    const bool wide = wide_logits();
     Real derivatives = Real(0);
-    for (uint32_t first = column_of(0); first < n_columns; first += n_threads * kWide) {
-      Real logit[kWide];
-      read(logits(), first, wide, logit);
-      Scores s = scores(first, logit);
+    each_scores([&](uint32_t first, Scores& s) {
 #pragma unroll
       for (int e = 0; e < kWide; ++e) {
         const bool live = s.z[e] != -infinity_of<Real>();
@@ -288,8 +284,8 @@ struct SharedColumns {
         s.z[e] = live ? factor * s.count[e] * column.dlogit : Real(0);
         derivatives += s.z[e];
       }
-      if (p.needs_derivatives) write(first, wide, s.z);
-    }
+      if (p.needs_derivatives) write(first, wide_logits(), s.z);
+    });
     return derivatives;
   }
 };

@@ -13,11 +13,14 @@
 namespace nce::cuda {
 namespace {
 
-template <class Stored, int kHeld>
-void launch_shared_loss(const SharedLoss& p, int n_warps, const OnDevice& device) {
-  static Occupancy occupancy[kSharedWarps + 1];
-  launch_persistent(shared_loss_kernel<Stored, kHeld>, p.batch, n_warps * kWarp, sizeof(SharedMemory<Compute<Stored>>),
-                    device, occupancy[n_warps], p);
+template <class Stored>
+void launch_shared_loss(const SharedLoss& p, const OnDevice& device) {
+  constexpr size_t kGrain = 4096;  // in which shared memory is asked for, so that few sizes occur
+  const int n_warps = shared_loss_warps(p);
+  const size_t grains = (shared_loss_bytes<Compute<Stored>>(p) + kGrain - 1) / kGrain;
+  static Occupancy occupancy[kSharedWarps + 1][12];
+  launch_persistent(shared_loss_kernel<Stored>, p.batch, n_warps * kWarp, grains * kGrain, device,
+                    occupancy[n_warps][grains], p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
@@ -33,13 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
                           row_scale, offset, uniform_labels, mean_candidates, n_draws, ignore_index,
                           objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
                           needs_derivatives, needs_hidden_grad);
-  const int n_warps = shared_loss_warps(call.p);
-  with_stored(call.storage, [&](auto stored) {
-    using Stored = decltype(stored);
-    with_held_vectors<Compute<Stored>>(call.p, n_warps, [&](auto held) {
-      launch_shared_loss<Stored, decltype(held)::value>(call.p, n_warps, device);
-    });
-  });
+  with_stored(call.storage, [&](auto stored) { launch_shared_loss<decltype(stored)>(call.p, device); });
   return {call.loss, call.target_ids, call.target_dlogit, call.grad_hidden, call.grad_shift};
 }
 

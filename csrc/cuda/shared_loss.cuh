@@ -15,9 +15,9 @@ inline int shared_loss_warps(const SharedLoss& p) {
   return warps;
 }
 
-template <class Stored, int kHeld>
-struct SharedLossBlock : SharedColumns<Compute<Stored>, kHeld> {
-  using Columns = SharedColumns<Compute<Stored>, kHeld>;
+template <class Stored>
+struct SharedLossBlock : SharedColumns<Compute<Stored>> {
+  using Columns = SharedColumns<Compute<Stored>>;
   using Real = Compute<Stored>;
   using Columns::p, Columns::lane, Columns::warp, Columns::thread, Columns::n_threads, Columns::n_columns;
   using Columns::shared, Columns::example, Columns::factor, Columns::kWide, Columns::target, Columns::sum_of_warps;
@@ -56,7 +56,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>, kHeld> {
     if (thread == 0) static_cast<Real*>(p.loss)[example] = bad ? static_cast<Real>(NAN) : Real(0);
     if (!p.needs_derivatives) return;
     const Real zeros[kWide] = {};
-    for (uint32_t first = this->column_of(0); first < n_columns; first += n_threads * kWide) {
+    for (uint32_t first = this->first_column(); first < n_columns; first += this->step()) {
       this->write(first, this->wide_logits(), zeros);
     }
     for (int64_t t = thread; t < p.n_targets; t += n_threads) {
@@ -146,7 +146,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>, kHeld> {
 
     Normaliser<Real> n{};
     Real loss = Real(0), derivatives;
-    const bool whole = kHeld > 0 || p.objective.kind != ObjectiveKind::kBinary;
+    const bool whole = p.objective.kind != ObjectiveKind::kBinary;
     if (whole) {
       derivatives = this->whole_columns(sums, n_positive, log_not_target, n);
       if (!p.needs_derivatives) return;
@@ -176,17 +176,10 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>, kHeld> {
   }
 };
 
-// Of full blocks, on a multiprocessor: the largest that spills nothing.
-template <class Stored, int kHeld>
-constexpr int shared_loss_blocks() {
-  if (sizeof(Stored) == 8) return kHeld == 8 ? 1 : 2;
-  return kHeld == 8 ? 2 : 3;
-}
-
-template <class Stored, int kHeld>
-__global__ void __launch_bounds__(kSharedWarps* kWarp, shared_loss_blocks<Stored, kHeld>())
+template <class Stored>
+__global__ void __launch_bounds__(kSharedWarps* kWarp, sizeof(Stored) == 8 ? 2 : 3)
     shared_loss_kernel(const __grid_constant__ SharedLoss p) {
-  SharedLossBlock<Stored, kHeld> block{{p}};
+  SharedLossBlock<Stored> block{{p}};
   for (int64_t example = blockIdx.x; example < p.batch; example += gridDim.x) block.run(example);
 }
 

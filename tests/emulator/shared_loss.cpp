@@ -11,13 +11,10 @@ using nce::cuda::Compute;
 
 // Mirrors launch_shared_loss of csrc/cuda/shared_loss.cu.
 void launch(const SharedLoss& p, Storage storage, const Launch& how) {
-  const int n_warps = nce::cuda::shared_loss_warps(p);
   with_stored(storage, [&](auto stored) {
     using Stored = decltype(stored);
-    nce::cuda::with_held_vectors<Compute<Stored>>(p, n_warps, [&](auto held) {
-      launch_persistent(nce::cuda::shared_loss_kernel<Stored, decltype(held)::value>, p.batch, n_warps * kWarp,
-                        sizeof(nce::cuda::SharedMemory<Compute<Stored>>), how, p);
-    });
+    launch_persistent(nce::cuda::shared_loss_kernel<Stored>, p.batch, nce::cuda::shared_loss_warps(p) * kWarp,
+                      nce::cuda::shared_loss_bytes<Compute<Stored>>(p), how, p);
   });
 }
 
