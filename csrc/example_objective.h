@@ -90,11 +90,11 @@ NCE_HD ExampleSums<Real> no_columns() {
 template <class Real>
 struct Normaliser {
   Real loss;
-  Real label;          // kSoftmax: of a target, after smoothing
-  Real log_targets;    // kSoftmax: log of the sum of e^z over the targets
-  Real total_label;    // kSoftmax: sum of the labels
+  Real label;           // kSoftmax: of a target, after smoothing
+  Real log_targets;     // kSoftmax: log of the sum of e^z over the targets
+  Real total_label;     // kSoftmax: sum of the labels
   Real negative_share;  // kSoftmax: probability that falls on the negatives
-  Real max, scale;     // of the negatives: derivative c (scale e^(a - max) u - smooth), u = 1 or sigmoid(z)
+  Real max, scale;      // of the negatives: derivative c (scale e^(a - max) u - smooth), u = 1 or sigmoid(z)
   Real smooth;
 };
 

@@ -29,7 +29,8 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
   // columns hits[b, t, 0] .. hits[b, t, 1] - 1 are masked for example b. Loss [B]; of the targets ids int32 [B, T],
   // derivatives [B, T] and the part of the gradient of hidden [B, D]; and the sum of each example's derivatives [B].
   m.def(
-      "shared_loss_(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? target_log_q, "
+      "shared_loss_(Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? "
+      "target_log_q, "
       "Tensor? log_z, Tensor column_shift, Tensor? multiplicity, Tensor? hits, Tensor? row_scale, float offset, "
       "bool uniform_labels, bool mean_candidates, int n_draws, int ignore_index, int objective, float positive_weight, "
       "float label_smoothing, float temperature, bool correct_positive, bool needs_derivatives, "
@@ -38,7 +39,8 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
   // Loss over negatives that all examples share, with the matrix products around shared_loss_: implemented in
   // nce_ext/_shared.py, for every device. negatives and negative_log_q are [k]; distinct: of equal ids one counts. With
   // row_scale the loss is [1], the sum of row_scale times the examples' losses, and the gradients are that sum's; else
-  // it is [B], and they are unscaled. Loss; of the targets ids and derivatives [B, T]; gradient of hidden [B, D]; classes [k]
+  // it is [B], and they are unscaled. Loss; of the targets ids and derivatives [B, T]; gradient of hidden [B, D];
+  // classes [k]
   // (-1: none), their gradient rows [k, D] and elements [k], or without row_scale their derivatives [B, k]; and the
   // sum of each example's derivatives [B].
   m.def(
@@ -48,8 +50,8 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "float label_smoothing, float temperature, bool correct_positive, bool needs_hidden_grad, bool needs_row_grad, "
       "int gradient_layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // The weight's and bias's gradient of shared_loss, from what it returned, as row_grad does (gradient_layout 1 coalesced,
-  // 2 padded) or row_grad_dense (0; classes are then empty).
+  // The weight's and bias's gradient of shared_loss, from what it returned, as row_grad does (gradient_layout 1
+  // coalesced, 2 padded) or row_grad_dense (0; classes are then empty).
   m.def(
       "shared_row_grad(Tensor target_ids, Tensor target_dlogit, Tensor grad_loss, Tensor hidden, Tensor classes, "
       "Tensor rows, Tensor elements, Tensor dlogit, int n_classes, ScalarType dtype, bool with_rows, bool with_bias, "

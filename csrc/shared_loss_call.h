@@ -74,7 +74,8 @@ inline SharedLossCall prepare_shared_loss(const Tensor& logits, const Tensor& hi
   p.offset = offset;
   p.column_shift = contiguous_data("column_shift", column_shift, compute, {p.n_columns}, hidden);
   p.multiplicity = contiguous_data("multiplicity", multiplicity, compute, {p.n_columns}, hidden);
-  p.hits = static_cast<const int32_t*>(contiguous_data("hits", hits, ScalarType::Int, {p.batch, p.n_targets, 2}, hidden));
+  p.hits =
+      static_cast<const int32_t*>(contiguous_data("hits", hits, ScalarType::Int, {p.batch, p.n_targets, 2}, hidden));
   p.row_scale = contiguous_data("row_scale", row_scale, compute, {p.batch}, hidden);
   STD_TORCH_CHECK(n_draws >= 0, "n_draws must be >= 0, got ", n_draws);
   p.n_draws = n_draws;

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nce_ext import _checks, _library, _ops
 from nce_ext.noise import Noise, check_seed, draw_seed
-from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
+from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 
 CORRECTIONS = ("log_kq", "log_q", "none")
 REDUCTIONS = ("mean", "sum", "none")
@@ -82,7 +82,7 @@ def prepare(
     seed: Tensor | None,
     generator: torch.Generator | None,
     unique: bool | str = False,
-    objective: Objective = Objective(),
+    objective: Objective = BINARY_OBJECTIVE,
     calibration: float | None = None,
     margin: float = 0.0,
     sample_weight: Tensor | None = None,
@@ -151,9 +151,7 @@ def known_ids(noise: Noise, ids: Tensor) -> Tensor:
     return torch.where((ids >= 0) & (ids < noise.n_classes), ids, 0)
 
 
-def _draw_distinct(
-    noise: Noise, k: int, seed: Tensor, unique: bool | str
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _draw_distinct(noise: Noise, k: int, seed: Tensor, unique: bool | str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Ids [1, k] that all examples share, and the log of a class's expected count among the distinct ones."""
     if unique == "tf":
         ids, trials = noise.sample_distinct(k, seed=seed)
@@ -167,7 +165,7 @@ def check_unique(unique: object, correction: str, objective: Objective) -> None:
         raise ValueError(f"unique must be True, False or 'tf', got {unique!r}")
     if unique and correction == "log_q":
         raise ValueError(
-            "correction must be 'log_kq' or 'none' with unique, whose log expected counts are of all k draws, got 'log_q'"
+            "correction must be 'log_kq' or 'none' with unique, whose expected counts are of all k draws, got 'log_q'"
         )
     if unique and not objective.correct_positive:
         raise ValueError("unique must be False with correct_positive=False, which is about draws with replacement")
@@ -212,7 +210,9 @@ def check_objective(
         raise ValueError(f"log_z must be 0.0 with {name}, in which it cancels, got {log_z!r}")
     if not objective.correct_positive:
         if not remove_hits:
-            raise ValueError("remove_hits must be True with correct_positive=False, whose negatives are never the target")
+            raise ValueError(
+                "remove_hits must be True with correct_positive=False, whose negatives are never the target"
+            )
         if correction == "none":
             raise ValueError("correction must be 'log_kq' or 'log_q' with correct_positive=False, got 'none'")
 

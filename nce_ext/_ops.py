@@ -198,8 +198,8 @@ def _fake_shared_loss_(
 
 
 def _fake_shared_loss(
-    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset, remove_hits,
-    uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
+    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
+    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
     correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
 ):  # fmt: skip
     (batch, dim), n_targets, k = hidden.shape, target.shape[1], negatives.shape[0]
@@ -220,9 +220,11 @@ def _fake_shared_loss(
 
 
 def _fake_shared_row_grad(
-    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows, with_bias,
-    gradient_layout,
+    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows,
+    with_bias, gradient_layout,
 ):  # fmt: skip
+    unique: Any
+    n: Any
     if gradient_layout == DENSE:
         unique, n = 0, n_classes
     elif gradient_layout == PADDED:

@@ -1,7 +1,7 @@
-"""Negatives that all examples share: matrix products with the rows of the negatives, and one fused epilogue between them.
+"""Negatives that all examples share: matrix products with their rows, and one fused epilogue between the products.
 
-The operators ``shared_loss`` and ``shared_row_grad`` (schemas in csrc/ops.cpp) are implemented here, for every device. A
-chunk of examples is scored, its scores are turned into derivatives in place while they are in the cache, and the
+The operators ``shared_loss`` and ``shared_row_grad`` (schemas in csrc/ops.cpp) are implemented here, for every device.
+A chunk of examples is scored, its scores are turned into derivatives in place while they are in the cache, and the
 derivatives are multiplied out; nothing of size B k exists unless each example's loss is asked for.
 """
 
@@ -66,7 +66,9 @@ class _Columns:
             self.multiplicity = first
         else:
             run = first.cumsum(0) - 1
-            self.multiplicity = torch.where(first, torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))[run], 0)
+            self.multiplicity = torch.where(
+                first, torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))[run], 0
+            )
 
     def hits(self, target: Tensor) -> Tensor:
         """int32 [B, T, 2]: the columns of each target's class."""
@@ -75,8 +77,8 @@ class _Columns:
 
 
 def _shared_loss(
-    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset, remove_hits,
-    uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
+    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
+    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
     correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
 ):  # fmt: skip
     batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(negatives)
@@ -152,8 +154,8 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _shared_row_grad(
-    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows, with_bias,
-    gradient_layout,
+    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows,
+    with_bias, gradient_layout,
 ):  # fmt: skip
     batch = hidden.shape[0]
     present = classes >= 0
@@ -162,7 +164,12 @@ def _shared_row_grad(
         classes, rows, elements, dlogit = classes[:n], rows[:n], elements[:n], dlogit[:, :n]
     elif gradient_layout == _ops.COALESCED:  # waits, as row_grad does
         keep = present.nonzero()[:, 0]
-        classes, rows, elements, dlogit = classes[keep], rows[keep[: len(rows)]], elements[keep[: len(elements)]], dlogit[:, keep]
+        classes, rows, elements, dlogit = (
+            classes[keep],
+            rows[keep[: len(rows)]],
+            elements[keep[: len(elements)]],
+            dlogit[:, keep],
+        )
     upstream = grad_loss.expand(batch)
     if not batch:
         rows = hidden.new_zeros((len(classes), hidden.shape[1]), dtype=dlogit.dtype)

@@ -153,7 +153,8 @@ def negative_sampling_loss(
     Args: as :func:`nce_loss`, with ``correction="none"`` by default, and
         adversarial_temperature: > 0: negatives are weighted by their own scores, so that hard ones count (Sun et al.,
             "RotatE", ICLR 2019, without its factor 1/2). The weights get no gradient.
-        margin: added to every score; RotatE's gamma, whose scores are negative distances.
+        margin: added to every score; RotatE's gamma, whose scores are negative distances. Where k is large,
+            -log(k) keeps k negatives at score 0 from pulling k times as hard as the target.
         calibration: t of gBCE, in 0 .. 1 (Petrov and Macdonald, "gSASRec", RecSys 2023): the target's term is
             multiplied by beta = 1 + t (k / (V - 1) - 1), which is what raising its probability
             sigmoid(s) to the power beta does. At t = 1, with uniform noise, sigmoid(s) learns p(y | x) unbiased. Needs
@@ -206,10 +207,10 @@ def sampled_softmax_loss(
         z[..., 1:] = z[..., 1:].masked_fill(ids[..., 1:] == target[..., None], -inf)
         loss = F.cross_entropy(z.flatten(0, -2), torch.zeros_like(target).flatten(), label_smoothing=label_smoothing)
 
-    in one pass over the rows. Unlike NCE it never asks that scores be normalised. As k grows its gradient tends to that
-    of the full softmax with ``unique``, with ``remove_hits=False`` or with ``correct_positive=False``. The default, hits
-    removed from draws with replacement, is the most used form and the right one while k q(target) stays well below 1;
-    beyond that the target is missing from its own normaliser. Bengio and Senecal, "Adaptive importance sampling to
+    in one pass over the rows. Unlike NCE it never asks that scores be normalised. As k grows its gradient tends to
+    that of the full softmax with ``unique``, with ``remove_hits=False`` or with ``correct_positive=False``. The
+    default, hits removed from draws with replacement, is the most used form and the right one while k q(target) stays
+    well below 1; beyond that the target is missing from its own normaliser. Bengio and Senecal, "Adaptive importance sampling to
     accelerate training of a neural probabilistic language model", 2008; Jean et al., ACL 2015; consistency: Ma and
     Collins, EMNLP 2018.
 
@@ -228,8 +229,8 @@ def sampled_softmax_loss(
             ``unique``, ``remove_hits=False`` or ``correction="none"``.
     """
     return _sampled.sampled_loss(
-        hidden, weight, target, noise, num_negatives, objective=_call.softmax_objective(label_smoothing, correct_positive),
-        bias=bias, shared=shared, unique=unique, correction=correction, log_z=0.0, remove_hits=remove_hits,
+        hidden, weight, target, noise, num_negatives,
+        objective=_call.softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique, correction=correction, log_z=0.0, remove_hits=remove_hits,
         candidate_reduction="sum", positive_label=positive_label, ignore_index=ignore_index, backend=backend,
         negatives=negatives, log_q=log_q, seed=seed, generator=generator, sample_weight=sample_weight,
         reduction=reduction, sparse=sparse,

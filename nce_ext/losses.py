@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nce_ext import _call, _checks, functional
 from nce_ext._memory import empty_table
 from nce_ext.noise import Noise, describe
-from nce_ext.reference import Objective
+from nce_ext.reference import BINARY_OBJECTIVE, Objective
 
 __all__ = ["NCELoss", "NegativeSamplingLoss", "SampledSoftmaxLoss"]
 
@@ -22,7 +22,7 @@ class _SampledLoss(nn.Module):
     """An output layer and a loss over its classes; subclasses choose the function and its defaults."""
 
     _function: Callable[..., Tensor]
-    _defaults: Mapping[str, Any] = {"correction": "log_kq", "remove_hits": False, "positive_label": "one"}
+    _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": False, "positive_label": "one"}
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class _SampledLoss(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        objective: Objective = Objective(),
+        objective: Objective = BINARY_OBJECTIVE,
     ) -> None:
         super().__init__()
         self.in_features = _checks.count("in_features", in_features, 1)
@@ -166,7 +166,8 @@ class NCELoss(_SampledLoss):
     Args:
         in_features: D.
         n_classes: V, 1 .. 2^31 - 1.
-        noise: an ``nce_ext.noise`` distribution over the V classes.
+        noise: an ``nce_ext.noise`` distribution over the V classes. For probabilities the law of the data,
+            ``Unigram(counts, power=1)``, is best: the model starts there.
         num_negatives: k, noise samples per example.
         log_z: what stands for the log partition function: a number, or "learned" for one trained scalar.
         device, dtype: of the parameters.
@@ -193,7 +194,7 @@ class NegativeSamplingLoss(_SampledLoss):
     """
 
     _function = staticmethod(functional.negative_sampling_loss)
-    _defaults = {**_SampledLoss._defaults, "correction": "none"}
+    _defaults: ClassVar[Mapping[str, Any]] = {**_SampledLoss._defaults, "correction": "none"}
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class SampledSoftmaxLoss(_SampledLoss):
     """
 
     _function = staticmethod(functional.sampled_softmax_loss)
-    _defaults = {"correction": "log_kq", "remove_hits": True, "positive_label": "uniform"}
+    _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": True, "positive_label": "uniform"}
 
     def __init__(
         self,

@@ -150,6 +150,9 @@ class Objective(NamedTuple):
     correct_positive: bool = True  # SOFTMAX: whether log q is subtracted from the target's score too
 
 
+BINARY_OBJECTIVE = Objective()
+
+
 def sampled_loss(
     hidden: Tensor,
     weight: Tensor,

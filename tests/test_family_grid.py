@@ -127,7 +127,10 @@ def build(sizes: dict[str, Any], options: dict[str, Any], dtype, hidden_dtype) -
         own["negatives"] = torch.randint(case.classes, (k,) if form == "given to all" else (*lead, k))
     compute = F64 if dtype == F64 else F32
     if options["with_log_q"]:
-        own["log_q"] = (-3 * torch.rand(case.target.shape) - 0.1, -3 * torch.rand((k,) if form == "given to all" else (*lead, k)))
+        own["log_q"] = (
+            -3 * torch.rand(case.target.shape) - 0.1,
+            -3 * torch.rand((k,) if form == "given to all" else (*lead, k)),
+        )
     if options["weighted"]:
         own["sample_weight"] = torch.rand(lead, dtype=compute)
     if own.get("log_z", 0.0) is None:

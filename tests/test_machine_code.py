@@ -17,8 +17,8 @@ import table
 from facts import Facts, RowLoop
 
 # Groups of 8 lanes, 2 rows in each: a batch has 8 rows, and 1 + 2 exchanges.
-NAME = "sampled_loss_kernel<float,RowShape<1,8,2,6,false,true>,16,false>"
-UPDATE = NAME.replace("false>", "true>")
+NAME = "sampled_loss_kernel<float,RowShape<1,8,2,6,false,true>,16,binary>"
+UPDATE, WHOLE = NAME.replace("binary", "update"), NAME.replace("binary", "whole")
 
 # As nvdisasm -c prints it.
 LISTING = """\
@@ -172,7 +172,7 @@ def test_batches_unrolled_into_the_tile_loop():
 
 
 def test_a_batch_that_is_a_whole_tile_is_counted_with_what_ends_an_example():
-    name = "sampled_loss_kernel<float,RowShape<1,8,8,6,false,true>,16,false>"
+    name = "sampled_loss_kernel<float,RowShape<1,8,8,6,false,true>,16,binary>"
     load, shuffle = "LDG.E.NA.128.CONSTANT R4, [R2.64]\n", "SHFL.BFLY PT, R3, R3, 0x1, 0x1f\n"
     loop = measured("top: MOV R1, R1\n" + 8 * load + (7 + 5 + 8) * shuffle + "@P1 BRA `(top)\nEXIT\n", name).loop
     assert loop == RowLoop("example", 32, 30, 30, 30)
@@ -280,9 +280,9 @@ def test_the_table_is_read_back_as_written():
 def test_names():
     short = facts_of_code.short_name
     shape = "nce::cuda::RowShape<2, 32, 4, 5, false, true>"
-    arguments = f"<nce::cuda::BFloat16, {shape}, (nce::cuda::Access)16, false>"
+    arguments = f"<nce::cuda::BFloat16, {shape}, (nce::cuda::Access)16, (nce::cuda::Purpose)2>"
     name = short(f"void nce::cuda::sampled_loss_kernel{arguments}(nce::SampledLoss, nce::cuda::InPlaceUpdate)")
-    assert name == "sampled_loss_kernel<BFloat16,RowShape<2,32,4,5,false,true>,16,false>"
+    assert name == "sampled_loss_kernel<BFloat16,RowShape<2,32,4,5,false,true>,16,whole>"
     assert facts_of_code.shape_of(name) == facts_of_code.Shape(16, 4, 8, 1024, 6, False)
     assert short("nce::cuda::(anonymous namespace)::sample_kernel(nce::cuda::Sample)") == "sample_kernel"
     assert short("void cub::detail::EmptyKernel<void>()") is None

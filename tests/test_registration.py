@@ -237,7 +237,9 @@ def test_opcheck_shared_loss(name, reduced, layout):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [{}, SOFTMAX, ADVERSARIAL, {"needs_derivatives": False}, {"needs_hidden_grad": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, SOFTMAX, ADVERSARIAL, {"needs_derivatives": False}, {"needs_hidden_grad": False}]
+)
 def test_opcheck_shared_loss_epilogue(changes):
     torch.library.opcheck(torch.ops.nce_ext.shared_loss_.default, epilogue_arguments(**changes))
 

@@ -24,7 +24,12 @@ ALLOWED_SPILLS: dict[str, str] = {
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,update>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,update>": BY_16_WARPS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,binary>": BY_ELEMENTS,
+    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,whole>": BY_ELEMENTS,
+    "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,whole>": BY_ELEMENTS,
+    "sampled_loss_kernel<BFloat16,RowShape<4,32,2,3,false,true>,0,whole>": BY_ELEMENTS,
     "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,binary>": BY_ELEMENTS,
+    "sampled_loss_kernel<Half,RowShape<4,32,2,1,true,true>,0,whole>": BY_ELEMENTS,
+    "sampled_loss_kernel<Half,RowShape<4,32,2,3,false,true>,0,whole>": BY_ELEMENTS,
 }
 
 HEADER = """\

@@ -33,12 +33,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
     bool remove_hits, bool uniform_labels, bool mean_candidates, int64_t ignore_index, int64_t objective,
     double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_hidden_grad,
     bool needs_row_grad, int64_t /*gradient layout: for the backward pass*/) {
-  const SampledLossCall call =
-      prepare_sampled_loss(hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q,
-                           kind, num_negatives, subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates,
-                           ignore_index,
-                           objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
-                           needs_hidden_grad, needs_row_grad);
+  const SampledLossCall call = prepare_sampled_loss(
+      hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
+      subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
+      objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive), needs_hidden_grad,
+      needs_row_grad);
   const SampledLoss& p = call.p;
   const auto kernel = kernels().sampled_loss[static_cast<int>(call.storage)];
   const int64_t columns = p.n_targets + p.n_negatives, row_bytes = p.dim * (call.storage == Storage::kDouble ? 8 : 4);

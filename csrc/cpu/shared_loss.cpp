@@ -21,11 +21,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
     bool uniform_labels, bool mean_candidates, int64_t n_draws, int64_t ignore_index, int64_t objective,
     double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_derivatives,
     bool needs_hidden_grad) {
-  const SharedLossCall call = prepare_shared_loss(
-      logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits, row_scale, offset,
-      uniform_labels, mean_candidates, n_draws, ignore_index,
-      objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive), needs_derivatives,
-      needs_hidden_grad);
+  const SharedLossCall call =
+      prepare_shared_loss(logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits,
+                          row_scale, offset, uniform_labels, mean_candidates, n_draws, ignore_index,
+                          objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
+                          needs_derivatives, needs_hidden_grad);
   const SharedLoss& p = call.p;
   const auto kernel = kernels().shared_loss[static_cast<int>(call.storage)];
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (p.n_columns + 2 * p.dim));

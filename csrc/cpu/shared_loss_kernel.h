@@ -12,12 +12,14 @@ template <class Function>
 NCE_INLINE void each_vector(int64_t n, const Function& f) {
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    f(c, [](const auto* from) NCE_INLINE_LAMBDA { return load(from); },
-      [](auto* to, const auto& v) NCE_INLINE_LAMBDA { store(to, v); });
+    f(
+        c, [](const auto* from) NCE_INLINE_LAMBDA { return load(from); },
+        [](auto* to, const auto& v) NCE_INLINE_LAMBDA { store(to, v); });
   }
   if (const int64_t rest = n - c; rest > 0) {
-    f(c, [rest](const auto* from) NCE_INLINE_LAMBDA { return load_first(from, rest); },
-      [rest](auto* to, const auto& v) NCE_INLINE_LAMBDA { store_first(to, v, rest); });
+    f(
+        c, [rest](const auto* from) NCE_INLINE_LAMBDA { return load_first(from, rest); },
+        [rest](auto* to, const auto& v) NCE_INLINE_LAMBDA { store_first(to, v, rest); });
   }
 }
 
@@ -86,7 +88,8 @@ struct SharedExample {
   // The columns' part of the sums. Keeps the weights in the place of the logits, or the scores if labels are smoothed.
   NCE_INLINE_LAMBDA inline void weigh_columns() {
     const Vec<Real> shift_of_all(log_z());
-    const bool adversarial = p.objective.kind == ObjectiveKind::kAdversarial, keep_scores = p.objective.label_smoothing > 0;
+    const bool adversarial = p.objective.kind == ObjectiveKind::kAdversarial,
+               keep_scores = p.objective.label_smoothing > 0;
     Vec<Real> most(-infinity_of<Real>()), count_of_all(Real(0));
     const auto larger = [](auto a, auto b) NCE_INLINE_LAMBDA { return a > b ? a : b; };
     each_vector(p.n_columns, [&](int64_t c, const auto& load_lanes, const auto& store_lanes) NCE_INLINE_LAMBDA {

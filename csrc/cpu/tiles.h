@@ -16,12 +16,12 @@ struct Tile {
   static constexpr int kSlack = kTileRows + kLanes;  // 16 candidates are written at once, from any row on
 
   int64_t example;
-  bool first, last;  // of its example
-  int count;         // live candidates; masked ones are left out
-  int positives;     // of them targets, which come first
+  bool first, last;    // of its example
+  int count;           // live candidates; masked ones are left out
+  int positives;       // of them targets, which come first
   int64_t n_positive;  // targets of the example
-  Real log_rest;     // log(1 - q) of its last target
-  Real scale;        // 1, or 1 / number of candidates
+  Real log_rest;       // log(1 - q) of its last target
+  Real scale;          // 1, or 1 / number of candidates
   const Stored* row[kSlack];
   int32_t id[kSlack];
   uint32_t column[kSlack];

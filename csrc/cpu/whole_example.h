@@ -1,5 +1,5 @@
-// Objectives over all candidates of an example, tile by tile: the gradient of hidden is summed with unscaled weights, in
-// one pass, while p.dlogit keeps the scores; once the last tile is in, both are put right.
+// Objectives over all candidates of an example, tile by tile: the gradient of hidden is summed with unscaled weights,
+// in one pass, while p.dlogit keeps the scores; once the last tile is in, both are put right.
 #pragma once
 
 #include "rows.h"
@@ -62,8 +62,8 @@ NCE_INLINE void add_target(const SampledLoss& p, ExampleSums<Real>& sums, Real z
 
 // Takes a tile into the sums: z are its corrected scores. Writes the weights of its rows, 0 for targets.
 template <class Stored, class Real>
-NCE_INLINE void weigh_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, Real* z, Real* weight,
-                           Real* gradient, ExampleSums<Real>& sums) {
+NCE_INLINE void weigh_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, Real* z, Real* weight, Real* gradient,
+                           ExampleSums<Real>& sums) {
   for (int i = 0; i < tile.positives; ++i) {
     add_target<Stored>(p, sums, z[i], tile.label[i]);
   }

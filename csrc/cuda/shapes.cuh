@@ -29,12 +29,13 @@ struct RowShape {
 enum class Purpose : int { kBinary, kUpdate, kWhole };
 
 // Reading by less than 16 bytes takes more registers, and so does beside many rows at once what an update or an
-// example's sums take.
+// example's sums take, the latter most where many groups of lanes are to be told of.
 template <class Shape, Access kAccess, Purpose kPurpose>
 constexpr int blocks_for() {
-  constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kMany = Shape::kRows == 8;
-  const int usual = kAccess != Access::kBytes16 ? 2 : kUpdate ? 1 : 0;
-  const int fewer = kMany && kUpdate ? 3 : kMany && kPurpose == Purpose::kWhole ? usual + 1 : usual;
+  constexpr bool kWide = kAccess == Access::kBytes16, kMany = Shape::kRows == 8;
+  int fewer = !kWide ? 2 : kPurpose == Purpose::kUpdate ? 1 : 0;
+  if (kMany && kPurpose == Purpose::kUpdate) fewer = 3;
+  if (kMany && kPurpose == Purpose::kWhole && Shape::kBlocks > 3) fewer += kWide && Shape::kGroup == 8 ? 2 : 1;
   return Shape::kBlocks > fewer ? Shape::kBlocks - fewer : 1;
 }
 

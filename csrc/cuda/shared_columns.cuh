@@ -70,6 +70,7 @@ struct SharedColumns {
   }
   __device__ __forceinline__ Real sum_of_warps(const Real* partial) const {
     Real sum = Real(0);
+#pragma unroll 1
     for (int w = 0; w < n_warps; ++w) sum += partial[w];
     return sum;
   }
@@ -119,6 +120,7 @@ struct SharedColumns {
   __device__ __forceinline__ bool is_hit(uint32_t column) const {
     const int32_t* range = p.hits + 2 * example * p.n_targets;
     bool hit = false;
+#pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       hit |= target(t) != p.ignore_index && static_cast<int64_t>(column) >= range[2 * t] &&
              static_cast<int64_t>(column) < range[2 * t + 1];
@@ -131,6 +133,7 @@ struct SharedColumns {
     hit_begin = hit_end = 0;
     if (!p.hits) return;
     const int32_t* range = p.hits + 2 * example * p.n_targets;
+#pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       if (target(t) == p.ignore_index || range[2 * t] >= range[2 * t + 1]) continue;
       const auto begin = static_cast<uint32_t>(range[2 * t]), end = static_cast<uint32_t>(range[2 * t + 1]);
@@ -208,6 +211,7 @@ struct SharedColumns {
     if (lane == 0) shared.columns[warp] = of_warp;
     __syncthreads();
     sums = none;
+#pragma unroll 1
     for (int w = 0; w < n_warps; ++w) merge(shared.columns[w], sums);
     return sums;
   }

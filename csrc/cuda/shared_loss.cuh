@@ -38,6 +38,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
     const int dim = static_cast<int>(p.dim);
     const bool wide = wide_rows(p.hidden, p.hidden_stride, p.dim, p.hidden_storage, kPer);
     Real dot = Real(0);
+#pragma unroll 2
     for (int first = thread * kPer; first < dim; first += n_threads * kPer) {
       Real x[kPer], w[kPer];
       load_elements<kPer>(p.hidden, example * p.hidden_stride, p.hidden_storage, first, dim, wide, x);
@@ -56,15 +57,18 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
     if (thread == 0) static_cast<Real*>(p.loss)[example] = bad ? static_cast<Real>(NAN) : Real(0);
     if (!p.needs_derivatives) return;
     const Real zeros[kWide] = {};
+#pragma unroll 1
     for (uint32_t first = this->first_column(); first < n_columns; first += this->step()) {
       this->write(first, this->wide_logits(), zeros);
     }
+#pragma unroll 1
     for (int64_t t = thread; t < p.n_targets; t += n_threads) {
       p.target_ids[example * p.n_targets + t] = -1;
       static_cast<Real*>(p.target_dlogit)[example * p.n_targets + t] = Real(0);
     }
     if (thread == 0 && p.grad_shift) static_cast<Real*>(p.grad_shift)[example] = Real(0);
     if (p.grad_hidden) {
+#pragma unroll 1
       for (int64_t d = thread; d < p.dim; d += n_threads) {
         static_cast<Real*>(p.grad_hidden)[example * p.dim + d] = Real(0);
       }
@@ -83,8 +87,10 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
   __device__ __forceinline__ void write_gradient(const Normaliser<Real>& n, Real label) const {
     Real* out = static_cast<Real*>(p.grad_hidden) + example * p.dim;
     const int dim = static_cast<int>(p.dim);
+#pragma unroll 2
     for (int first = thread * kPer; first < dim; first += n_threads * kPer) {
       Real sum[kPer] = {};
+#pragma unroll 1
       for (int64_t t = 0; t < p.n_targets; ++t) {
         const Real d = target_derivative(t, n, label);
         if (target(t) == p.ignore_index) continue;
@@ -105,6 +111,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
     int64_t n_positive = 0;
     bool bad = false;
     const Real* log_q = p.target_log_q ? static_cast<const Real*>(p.target_log_q) + example * p.n_targets : nullptr;
+#pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       if (target(t) == p.ignore_index) continue;
       ++n_positive;
@@ -122,6 +129,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
     ExampleSums<Real> sums = no_columns<Real>();
     Real log_not_target = Real(0);
     int buffer = 0;
+#pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       if (target(t) == p.ignore_index) continue;
       Real z = target_dot(t, shared.dot[buffer]);
@@ -166,6 +174,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
     if (!whole) static_cast<Real*>(p.loss)[example] = scale * (sum_of_warps(shared.loss) + sums.target_loss);
     if (!p.needs_derivatives) return;
     derivatives = sum_of_warps(shared.derivatives);
+#pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       const Real d = target_derivative(t, n, label);
       p.target_ids[example * p.n_targets + t] = target(t) == p.ignore_index ? -1 : static_cast<int32_t>(target(t));
