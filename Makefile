@@ -50,7 +50,7 @@ examples: $(VENV)/.build $(VENV)/.examples $(VENV)/.examples-data  ## train all 
 		$(BIN)/python examples/$$name.py --output demo || status=1; \
 	done; exit $${status:-0}
 
-test: $(VENV)/.build $(VENV)/.test $(VENV)/.corpus build/emulator/emulated_kernels.so  ## run the test suite
+test: $(VENV)/.build $(VENV)/.test $(VENV)/.examples-data build/emulator/emulated_kernels.so  ## run the test suite
 	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.build $(VENV)/.bench  ## measure against eager PyTorch and the full softmax; JSON and a table of ratios

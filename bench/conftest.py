@@ -14,8 +14,8 @@ from bench.timing import Row, Stopwatch
 
 # The order of the table.
 ORDER = (
-    "test_step", "test_shared", "test_forward_bandwidth", "test_full_softmax", "test_sampling", "test_memory",
-    "test_kept_memory",
+    "test_step", "test_softmax_step", "test_shared", "test_forward_bandwidth", "test_full_softmax", "test_sampling",
+    "test_memory", "test_kept_memory",
 )  # fmt: skip
 ROWS = pytest.StashKey[list[Row]]()
 

@@ -199,8 +199,8 @@ def _fake_shared_loss_(
 
 def _fake_shared_loss(
     hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
-    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
-    correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
+    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing,
+    temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
 ):  # fmt: skip
     (batch, dim), n_targets, k = hidden.shape, target.shape[1], negatives.shape[0]
     compute = compute_dtype(weight.dtype)

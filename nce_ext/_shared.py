@@ -78,8 +78,8 @@ class _Columns:
 
 def _shared_loss(
     hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
-    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing, temperature,
-    correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
+    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing,
+    temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
 ):  # fmt: skip
     batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(negatives)
     n_targets, compute = target.shape[1], _ops.compute_dtype(weight.dtype)

@@ -210,9 +210,9 @@ def sampled_softmax_loss(
     in one pass over the rows. Unlike NCE it never asks that scores be normalised. As k grows its gradient tends to
     that of the full softmax with ``unique``, with ``remove_hits=False`` or with ``correct_positive=False``. The
     default, hits removed from draws with replacement, is the most used form and the right one while k q(target) stays
-    well below 1; beyond that the target is missing from its own normaliser. Bengio and Senecal, "Adaptive importance sampling to
-    accelerate training of a neural probabilistic language model", 2008; Jean et al., ACL 2015; consistency: Ma and
-    Collins, EMNLP 2018.
+    well below 1; beyond that the target is missing from its own normaliser. Bengio and Senecal, "Adaptive importance
+    sampling to accelerate training of a neural probabilistic language model", 2008; Jean et al., ACL 2015; consistency:
+    Ma and Collins, EMNLP 2018.
 
     Args: as :func:`nce_loss`, but for
         label_smoothing: eps in 0 .. 1: labels are (1 - eps) y + eps sum(y) / n over the n columns that are not masked.
@@ -230,10 +230,10 @@ def sampled_softmax_loss(
     """
     return _sampled.sampled_loss(
         hidden, weight, target, noise, num_negatives,
-        objective=_call.softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique, correction=correction, log_z=0.0, remove_hits=remove_hits,
-        candidate_reduction="sum", positive_label=positive_label, ignore_index=ignore_index, backend=backend,
-        negatives=negatives, log_q=log_q, seed=seed, generator=generator, sample_weight=sample_weight,
-        reduction=reduction, sparse=sparse,
+        objective=_call.softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique,
+        correction=correction, log_z=0.0, remove_hits=remove_hits, candidate_reduction="sum",
+        positive_label=positive_label, ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q,
+        seed=seed, generator=generator, sample_weight=sample_weight, reduction=reduction, sparse=sparse,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def batch(
     hidden, weight, target, negatives, options: Options, *, bias=None, target_log_q, negative_log_q, offsets=(),
     log_z=0.0, remove_hits=False, n_draws=None, reduction="mean", ignore_index=-100, sample_weight=None, upstream=None,
 ) -> oracle.Truth:  # fmt: skip
-    """hidden [B, D], target [B, T], negatives and log q of B rows; the loss is divided by T + n_draws unless that is None.
+    """hidden [B, D], target [B, T], negatives and log q of B rows; n_draws: the loss is divided by it plus T.
 
     From every z are subtracted log_z, ``offsets`` and log q, which is 0 without a correction.
     """

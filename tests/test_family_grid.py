@@ -1,4 +1,4 @@
-"""Every loss with every sampler and option: equal to the float64 oracle, and refused exactly where it has no meaning."""
+"""Every loss with every sampler and option: equal to the float64 oracle, and refused where it has no meaning."""
 
 from __future__ import annotations
 

@@ -171,6 +171,14 @@ def test_batches_unrolled_into_the_tile_loop():
     assert (loop.kind, loop.rows, loop.instructions) == ("tile", 32, 2 + 4 * 5)
 
 
+def test_batches_of_an_objective_over_the_whole_example():
+    """They vote too, on whether a score is larger than all before, and then exchange 3 more; they keep no ballot."""
+    more = 3 * "SHFL.BFLY PT, R3, R3, 0x10, 0x1f\n"
+    loop = measured(BATCHES.replace("rare:   ", "rare: VOTE.ANY P2, P3\n" + more), WHOLE).loop
+    assert loop is not None
+    assert (loop.kind, loop.rows, loop.instructions) == ("batch", 8, IN_LOOP + 4)
+
+
 def test_a_batch_that_is_a_whole_tile_is_counted_with_what_ends_an_example():
     name = "sampled_loss_kernel<float,RowShape<1,8,8,6,false,true>,16,binary>"
     load, shuffle = "LDG.E.NA.128.CONSTANT R4, [R2.64]\n", "SHFL.BFLY PT, R3, R3, 0x1, 0x1f\n"
@@ -283,8 +291,8 @@ def test_names():
     arguments = f"<nce::cuda::BFloat16, {shape}, (nce::cuda::Access)16, (nce::cuda::Purpose)2>"
     name = short(f"void nce::cuda::sampled_loss_kernel{arguments}(nce::SampledLoss, nce::cuda::InPlaceUpdate)")
     assert name == "sampled_loss_kernel<BFloat16,RowShape<2,32,4,5,false,true>,16,whole>"
-    assert facts_of_code.shape_of(name) == facts_of_code.Shape(16, 4, 8, 1024, 6, False)
+    assert facts_of_code.shape_of(name) == facts_of_code.Shape(16, 4, 8, 1024, 8, "whole")
     assert short("nce::cuda::(anonymous namespace)::sample_kernel(nce::cuda::Sample)") == "sample_kernel"
     assert short("void cub::detail::EmptyKernel<void>()") is None
     segments = facts_of_code.shape_of("segment_sums_kernel<double,double,8>")
-    assert segments == facts_of_code.Shape(8, 4, 4, 512, 0, False)
+    assert segments == facts_of_code.Shape(8, 4, 4, 512, 0, "")

@@ -135,7 +135,8 @@ def required(name: str, architecture: str, facts: Facts) -> list[str]:
     vectors = shape.vectors * facts.loop.rows // shape.rows
     if shape.access == 16 and facts.wide_loads < vectors:
         wrong.append(f"ld16: {facts.wide_loads} in the row loop, which loads {vectors} vectors")
-    if shape.access == 16 and shape.purpose == "update" and architecture in VECTOR_REDUCTIONS and facts.wide_reductions < vectors:
+    adds = shape.purpose == "update" and architecture in VECTOR_REDUCTIONS
+    if shape.access == 16 and adds and facts.wide_reductions < vectors:
         wrong.append(f"red16: {facts.wide_reductions} in the row loop, which adds to {vectors} vectors")
     return wrong
 

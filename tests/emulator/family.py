@@ -24,6 +24,11 @@ def one_target(name: str) -> bool:
     return not OBJECTIVES[name].get("correct_positive", True)
 
 
+def with_targets(*counts: int) -> list[tuple[str, int]]:
+    """Objectives with each number of targets that they allow."""
+    return [(name, count) for name in OBJECTIVES for count in counts if count == 1 or not one_target(name)]
+
+
 def objective_options(options: dict) -> oracle_family.Options:
     return oracle_family.Options(**{k: v for k, v in options.items() if k in oracle_family.Options._fields})
 

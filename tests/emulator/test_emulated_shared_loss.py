@@ -13,7 +13,7 @@ from family import OBJECTIVES
 from shared import Shared
 from test_emulated_sampled_loss import BAD_IDS
 
-CASES = [(name, targets) for name in OBJECTIVES for targets in (1, 2, 4) if targets == 1 or not family.one_target(name)]
+CASES = family.with_targets(1, 2, 4)
 # Columns for each number of warps and of vectors that a thread keeps, for float32 and float64; ends, and odd numbers.
 COLUMNS = [0, 1, 3, 4, 31, 33, 256, 257, 512, 513, 1100, 2049, 4095, 4100, 8192, 8195]
 WIDE = [1, 5, 7, 300, 2000]  # dimensions: an odd one, one vector, one warp, several
