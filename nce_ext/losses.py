@@ -22,6 +22,7 @@ class _SampledLoss(nn.Module):
     """An output layer and a loss over its classes; subclasses choose the function and its defaults."""
 
     _function: Callable[..., Tensor]
+    _shown: ClassVar[tuple[str, ...]] = ("shared", "unique")  # in the repr, where they are set
     _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": False, "positive_label": "one"}
 
     def __init__(
@@ -147,6 +148,7 @@ class _SampledLoss(nn.Module):
         return (
             f"in_features={self.in_features}, n_classes={self.n_classes}, num_negatives={self.num_negatives}, "
             f"bias={self.bias is not None}, correction={self.correction!r}, log_z={log_z}, sparse={self.sparse}"
+            + "".join(f", {name}={value}" for name in self._shown if (value := getattr(self, name)))
         )
 
 
@@ -194,6 +196,7 @@ class NegativeSamplingLoss(_SampledLoss):
     """
 
     _function = staticmethod(functional.negative_sampling_loss)
+    _shown: ClassVar = (*_SampledLoss._shown, "adversarial_temperature", "margin", "calibration")
     _defaults: ClassVar[Mapping[str, Any]] = {**_SampledLoss._defaults, "correction": "none"}
 
     def __init__(
@@ -239,6 +242,7 @@ class SampledSoftmaxLoss(_SampledLoss):
     """
 
     _function = staticmethod(functional.sampled_softmax_loss)
+    _shown: ClassVar = (*_SampledLoss._shown, "label_smoothing")
     _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": True, "positive_label": "uniform"}
 
     def __init__(

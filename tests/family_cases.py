@@ -10,7 +10,7 @@ import oracle_family
 import torch
 from cases import Case, Result, leaf
 from oracle_family import ADVERSARIAL, BINARY, SOFTMAX
-from rounding import TOLERANCE
+from rounding import TOLERANCE, UNDERFLOW
 from tolerances import as_float64, assert_close
 from torch import Tensor
 
@@ -135,7 +135,8 @@ def assert_result(case: Case, got: Result, expected: oracle.Truth, *, apart: boo
     ``apart``: the rows of targets and of negatives are rounded by themselves, and their sum once more.
     """
     value, scale = expected
-    rtol, atol = TOLERANCE[str(case.weight.dtype).removeprefix("torch.")]
+    stored = str(case.weight.dtype).removeprefix("torch.")
+    rtol, atol = TOLERANCE[stored]
     compute = F64 if case.weight.dtype == F64 else torch.float32
     dtypes = {"loss": compute, "hidden": case.hidden.dtype, "weight": case.weight.dtype, "bias": case.weight.dtype}
     for part, dtype in dtypes.items():
@@ -146,7 +147,7 @@ def assert_result(case: Case, got: Result, expected: oracle.Truth, *, apart: boo
         assert tensor.dtype == dtype
         size = getattr(scale, part)
         if apart and part in ("weight", "bias"):
-            size = size * (1 + 2 * rtol / atol)
+            size = size * (1 + 2 * rtol / atol) + 2 * UNDERFLOW[stored] / atol
         assert_close(tensor, exact.reshape(tensor.shape), dtype, part, size)
     if got.log_z is not None:
         exact, size = (v.log_z if got.log_z.dim() else v.log_z.sum() for v in (value, scale))
@@ -156,7 +157,8 @@ def assert_result(case: Case, got: Result, expected: oracle.Truth, *, apart: boo
 def assert_matches(name: str, case: Case, backend: str, upstream: Tensor | None = None, **more: Any) -> None:
     expected = truth(name, case, upstream, small_digits=backend != "reference", **more)
     options = options_of(name, case, more)
-    given = options.get("negatives")
-    shared = options.get("shared") or options.get("unique") or (given is not None and given.dim() == 1)
+    given = [options.get("negatives"), (options.get("log_q") or (None, None))[1]]
+    one_row = given[0] is not None and all(t is None or t.dim() == 1 for t in given)
+    shared = options.get("shared") or options.get("unique") or one_row
     apart = bool(shared) and options.get("sparse") == "padded"
     assert_result(case, run(name, case, backend, upstream, **more), expected, apart=apart)

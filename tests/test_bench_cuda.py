@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS_GPU = {"ceilings", "graphs", "more-ceilings"}
-SECTIONS = {"matmul", "forward", "steps", "compiled", "softmax", "draws", "hogwild", "memory"}
+SECTIONS = {
+    "matmul", "forward", "steps", "compiled", "softmax", "objectives", "epilogue", "draws", "hogwild", "memory",
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("native")
 

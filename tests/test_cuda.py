@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from cases import Case
-from test_registration import B, V, forward_arguments, row_arguments
+from test_registration import ADVERSARIAL, SOFTMAX, B, V, epilogue_arguments, forward_arguments, row_arguments
 from tolerances import assert_close
 
 import nce_ext
@@ -69,16 +69,62 @@ def test_the_operators_agree_with_those_of_the_cpu(dim, remove_hits, cuda):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4)
 
 
+UNCORRECTED = {"objective": 1, "correct_positive": False, "remove_hits": True, "target": torch.zeros(B, 1).long()}
+
+
+@pytest.mark.parametrize("objective", [SOFTMAX, ADVERSARIAL, UNCORRECTED, {"positive_weight": 0.25}])
+@pytest.mark.parametrize("dim", [4, 100, 600, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_objective_agrees_with_the_cpu(objective, dim, dtype, cuda):
+    torch.manual_seed(4)
+    arguments = forward_arguments(**{
+        "hidden": torch.randn(B, dim, dtype=dtype), "weight": torch.randn(V, dim).to(dtype) / dim**0.5,
+        "bias": torch.randn(V).to(dtype), "num_negatives": 40, "remove_hits": True, **objective,
+    })  # fmt: skip
+    wanted = torch.ops.nce_ext.sampled_loss(*arguments)
+    got = torch.ops.nce_ext.sampled_loss(*(to(cuda, a) for a in arguments))
+    assert torch.equal(got[1].cpu(), wanted[1])
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [{}, SOFTMAX, ADVERSARIAL])
+@pytest.mark.parametrize("columns", [1, 40, 1000, 8191, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_epilogue_of_shared_negatives_agrees_with_the_cpu(objective, columns, dtype, cuda):
+    torch.manual_seed(5)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    batch, targets, dim = 9, 2, 300
+    begin = torch.randint(columns, (batch, targets))
+    arguments = epilogue_arguments(**{
+        "logits": torch.randn(batch, columns, dtype=compute), "hidden": torch.randn(batch, dim).to(dtype),
+        "weight": (torch.randn(V, dim) / dim**0.5).to(dtype), "bias": torch.randn(V).to(dtype),
+        "target": torch.randint(V, (batch, targets)), "target_log_q": -torch.rand(batch, targets, dtype=compute),
+        "column_shift": torch.randn(columns, dtype=compute), "row_scale": torch.randn(batch, dtype=compute),
+        "multiplicity": torch.randint(3, (columns,)).to(compute), "n_draws": columns,
+        "hits": torch.stack([begin, begin + 1], 2).int(), **objective,
+    })  # fmt: skip
+    moved = [a.to(cuda, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
+    wanted = torch.ops.nce_ext.shared_loss_(*arguments)
+    got = torch.ops.nce_ext.shared_loss_(*moved)
+    assert torch.equal(got[1].cpu(), wanted[1])
+    for ours, theirs in zip((*got, moved[0]), (*wanted, arguments[0]), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_opcheck_on_the_device(cuda):
     ops = torch.ops.nce_ext
     forward = [to(cuda, a) for a in forward_arguments()]
     rows = [to(cuda, a) for a in row_arguments()]
     torch.library.opcheck(ops.sample.default, (forward[5], forward[6], forward[10], V, 4, 3))
     torch.library.opcheck(ops.sampled_loss.default, tuple(forward))
+    for objective in ({}, SOFTMAX, ADVERSARIAL):
+        epilogue = tuple(to(cuda, a) for a in epilogue_arguments(**objective))
+        torch.library.opcheck(ops.shared_loss_.default, epilogue)
     torch.library.opcheck(ops.row_grad.default, (*rows, False))
     torch.library.opcheck(ops.row_grad.default, (*rows, True))
     torch.library.opcheck(ops.row_grad_dense.default, tuple(rows))
-    fresh = lambda: (*forward[:1], forward[1].clone(), forward[2].clone(), *forward[3:19], 0.1)  # noqa: E731
+    fresh = lambda: (*forward[:1], forward[1].clone(), forward[2].clone(), *forward[3:18], True, 0.1)  # noqa: E731
     for test in ("test_schema", "test_faketensor"):
         torch.library.opcheck(ops.scatter_sgd_.default, fresh(), test_utils=test)
 

@@ -209,6 +209,11 @@ REFUSALS = {
     # range
     "k negative": Refusal({"num_negatives": -1}, ValueError, r"num_negatives must be in 0 \.\. 1048576, got -1"),
     "k too large": Refusal({"num_negatives": 2**20 + 1}, ValueError, r"num_negatives must be in 0 .* got 1048577"),
+    "too many given negatives": Refusal(
+        {"negatives": torch.zeros(1, dtype=torch.int64).expand(2**20 + 1)},
+        ValueError,
+        r"the number of negatives must be in 0 \.\. 1048576, got 1048577",
+    ),
     "k zero under log_kq": Refusal({"num_negatives": 0}, ValueError, r"num_negatives must be >= 1 with .*'log_kq'.* 0"),
     "no given negatives under log_kq": Refusal(
         {"negatives": torch.zeros(0, dtype=torch.int64)}, ValueError, r"must be >= 1 with correction='log_kq'"

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import re
 
 import pytest
+import test_contrastive_errors
+import test_density
+import test_diagnose
+import test_family_errors
 import torch
 from test_errors import REFUSALS, B, D, K, V, ids
 from test_hogwild import REFUSALS as OF_HOGWILD
 
 import nce_ext
-from nce_ext import _call, _checks, evaluate, functional, losses
+from nce_ext import (
+    _call,
+    _checks,
+    _diagnose,
+    _pairwise,
+    _queue,
+    _sampled,
+    contrastive,
+    density,
+    evaluate,
+    functional,
+    losses,
+)
 from nce_ext import noise as noises
 
 CONSTRUCTOR = {
@@ -83,12 +100,71 @@ def test_refusals_of_evaluation(name):
         call()
 
 
-def test_every_refusal_in_the_source_is_in_a_table():
-    """A message that no pattern above matches is a refusal without a test."""
-    patterns = [r.message for r in REFUSALS.values()] + [
-        m for _, _, m in (*CONSTRUCTOR.values(), *EVALUATE.values(), *OF_HOGWILD.values())
-    ]
-    arguments_named = {re.match(r"\\?[\w ]+", p.replace("\\", "")).group().split()[0] for p in patterns}
-    for module in (functional, _call, losses, evaluate, _checks):
-        for name in re.findall(r'Error\(\s*f?"(\w+) must', inspect.getsource(module)):
-            assert name in arguments_named, f"{module.__name__}: no test of the refusal of {name}"
+def parametrized(*tests) -> list:
+    """The tuples of parametrized tests that have no table."""
+    return [values for test in tests for mark in test.pytestmark for values in mark.args[1]]
+
+
+def messages(*tables) -> list[str]:
+    """The last string of each refusal, be it a tuple or a table's row."""
+    rows = [row for table in tables for row in (table.values() if isinstance(table, dict) else table)]
+    return [getattr(row, "message", None) or next(v for v in row[::-1] if isinstance(v, str)) for row in rows]
+
+
+OF_SAMPLED_LOSSES = messages(
+    REFUSALS, CONSTRUCTOR, OF_HOGWILD, test_family_errors.REFUSALS, test_family_errors.SOFTMAX_MODULE,
+    test_family_errors.AT_THE_CALL,
+    [(r"weight must have at most",)],  # on CUDA alone, test_packaging and test_cuda
+)  # fmt: skip
+OF_CONTRASTIVE_LOSSES = messages(
+    test_contrastive_errors.VECTORS, test_contrastive_errors.DATA,
+    parametrized(
+        test_contrastive_errors.test_options_of_info_nce, test_contrastive_errors.test_options_of_siglip,
+        test_contrastive_errors.test_enqueue_changes_nothing_when_it_refuses,
+        test_contrastive_errors.test_sizes_of_the_memory,
+    ),
+    [(r"target must be None for the bound",), (r"debias must be 0 for the bound",)],  # test_bounds
+)  # fmt: skip
+OF_DENSITIES = messages(test_density.REFUSALS, test_density.OF_THE_RATIO, test_density.CONSTRUCTOR)
+TABLES = {
+    functional: OF_SAMPLED_LOSSES, _call: OF_SAMPLED_LOSSES, _sampled: OF_SAMPLED_LOSSES, losses: OF_SAMPLED_LOSSES,
+    _checks: OF_SAMPLED_LOSSES, evaluate: messages(EVALUATE), _diagnose: messages(test_diagnose.REFUSALS),
+    contrastive: OF_CONTRASTIVE_LOSSES, _pairwise: OF_CONTRASTIVE_LOSSES, _queue: OF_CONTRASTIVE_LOSSES,
+    density: OF_DENSITIES,
+}  # fmt: skip
+
+
+def refusals_of(module) -> list[str]:
+    """The beginnings of the messages that the source has, up to the first thing that is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name, text = ast.unparse(node.func), node.args[0]
+        if isinstance(text, ast.JoinedStr):
+            text = text.values[0]
+        if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
+            continue
+        if name in ("ValueError", "TypeError"):
+            found.append(text.value)
+        elif re.fullmatch(r"_checks\.(tensor|one_of|count|number|batch_shaped)", name):
+            found.append(f"{text.value} must")
+    return found
+
+
+@pytest.mark.parametrize("module", TABLES, ids=lambda module: module.__name__)
+def test_every_refusal_in_the_source_is_in_a_table(module):
+    """A message that no pattern above begins like is a refusal without a test."""
+    patterns = [re.split(r"\.[*\d]|\(\w+\|", p.replace("\\", ""))[0] for p in TABLES[module]]
+    for message in refusals_of(module):
+        assert any(len(p) > 5 and (message.startswith(p) or p.startswith(message)) for p in patterns), (
+            f"{module.__name__}: no test of the refusal {message!r}"
+        )
+
+
+def test_refusals_are_found_in_the_source():
+    found = {module: refusals_of(module) for module in TABLES}
+    assert len(found[_call]) > 30
+    assert "calibration must" in found[_call]
+    assert any(message.startswith("unique must be False with negatives") for message in found[_call])
+    assert sum(map(bool, found.values())) >= 9

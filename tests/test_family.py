@@ -157,8 +157,8 @@ def test_no_mask_makes_nan(name, dtype, shared, backend):
 def test_extreme_scores(name, dtype, size, shared, backend):
     options = {"remove_hits": True, "correction": "log_q", "reduction": "none"}
     case = Case(lead=(4,), dim=2, classes=6, dtype=dtype, with_bias=False, options=options)
-    root = size**0.5  # for gradients that float16 can hold
-    case.hidden = (root * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0.5, 0.5]])).to(dtype)
+    root = size**0.5 / 2  # rows for which float16 can hold the gradients
+    case.hidden = (4 * root * torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0.5, 0.5]])).to(dtype)
     case.weight = (root * torch.tensor([[1.0, -1], [-1, 1], [0, 0], [1, 1], [-1, -1], [0.5, 0.1]])).to(dtype)
     case.target = torch.tensor([0, 0, 1, 4])
     for ids in (torch.arange(6), torch.tensor([4, 4, 1]), torch.tensor([3])):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nce_ext import noise as noises
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FORMS = ("shared", "unique", "tf", "given to all", "given to each", "per example")
 NOISES = {
     "uniform": noises.Uniform,
@@ -43,7 +43,7 @@ OPTIONS = {
     "positive_label": st.sampled_from(["one", "uniform"]),
     "reduction": st.sampled_from(["mean", "sum", "none"]),
     "weighted": st.booleans(),
-    "with_log_q": st.booleans(),
+    "with_log_q": st.sampled_from([False, False, "as negatives", "of the other shape"]),
     "ignore_index": st.sampled_from([-100, 0]),
     "sparse": st.sampled_from([False, True, "padded"]),
     "log_z": st.sampled_from([None, 0.0, -1.25, "scalar", "per example"]),
@@ -127,10 +127,9 @@ def build(sizes: dict[str, Any], options: dict[str, Any], dtype, hidden_dtype) -
         own["negatives"] = torch.randint(case.classes, (k,) if form == "given to all" else (*lead, k))
     compute = F64 if dtype == F64 else F32
     if options["with_log_q"]:
-        own["log_q"] = (
-            -3 * torch.rand(case.target.shape) - 0.1,
-            -3 * torch.rand((k,) if form == "given to all" else (*lead, k)),
-        )
+        to_all = (form == "given to all") == (options["with_log_q"] == "as negatives")
+        of_negatives = -3 * torch.rand((k,) if to_all else (*lead, k))
+        own["log_q"] = (-3 * torch.rand(case.target.shape) - 0.1, of_negatives)
     if options["weighted"]:
         own["sample_weight"] = torch.rand(lead, dtype=compute)
     if own.get("log_z", 0.0) is None:
@@ -167,7 +166,7 @@ def test_the_kernels_are_exact_in_every_storage(native, problem, seed, dtypes):
     assert_matches(name, case, "fused", upstream_of(case))
 
 
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=1000)
 @given(problem=problems(meaningful=False), seed=st.integers(0, 2**31))
 def test_what_has_no_meaning_is_refused_and_nothing_else(backend, problem, seed):
     torch.manual_seed(seed)

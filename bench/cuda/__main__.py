@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nce_ext
-from bench.cuda import forward, noise, report, steps
+from bench.cuda import family, forward, noise, report, steps
 from bench.cuda.measure import DoesNotFit, release
 from bench.cuda.report import Recorder
 from bench.cuda.run import Job, Run
@@ -31,6 +31,8 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Job]]] = {
     "steps": steps.steps,
     "compiled": steps.compiled,
     "softmax": steps.softmax,
+    "objectives": family.objectives,
+    "epilogue": family.epilogue,
     "draws": noise.draws,
     "hogwild": steps.hogwild,
     "memory": noise.memory,

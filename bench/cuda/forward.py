@@ -26,6 +26,7 @@ from bench.cuda.report import ceiling_row
 from bench.cuda.run import Job, Run
 from bench.timing import OURS
 from nce_ext import _call, _ops
+from nce_ext.reference import Objective
 
 GOAL, GOAL_ROW_BYTES = 0.85, 512
 FORWARD = "forward, GB/s of requested rows, share of a copy"
@@ -184,7 +185,9 @@ def in_table(program: str, case: DeviceCase, law: str) -> bool:
     return case.dtype == torch.float32 or size in (512, 2048)
 
 
-def forward_operator(problem: Problem, *, learns: bool = False, layout: int = _ops.COALESCED):
+def forward_operator(
+    problem: Problem, *, learns: bool = False, layout: int = _ops.COALESCED, objective: Objective | None = None
+):
     """The operator under nce_loss with its arguments at hand, and nothing else."""
     case, hidden, weight = problem.case, problem.hidden.detach(), problem.weight.detach()
     call = _call.prepare(
@@ -192,7 +195,7 @@ def forward_operator(problem: Problem, *, learns: bool = False, layout: int = _o
         log_z=0.0, remove_hits=False, candidate_reduction="sum", positive_label="one", ignore_index=-100,
         backend="auto", negatives=None, log_q=None, seed=None, generator=None,
     )  # fmt: skip
-    arguments = (*call.operator_arguments(), learns, learns, layout)
+    arguments = (*call.operator_arguments(), *(objective or call.objective), learns, learns, layout)
 
     @torch.no_grad()
     def operator() -> tuple[torch.Tensor, ...]:

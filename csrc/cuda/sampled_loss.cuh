@@ -1,6 +1,10 @@
 // The fused forward pass: draw, gather, dot, correct, objective, gradient of hidden. Each row is read from memory once
 // and stays in registers until all of that is done.
 //
+// An objective over the whole example does not know its derivatives before the last row: the gradient is summed with
+// weights that lack a factor, while p.dlogit keeps the scores; then both are put right, and the targets' rows, whose
+// weights have another factor, are read again.
+//
 // An example belongs to one warp; if a row is too long for the registers of one, to all warps of a block, which add
 // up their partial dot products through shared memory. In a warp, groups of lanes work on different rows, and each
 // has several rows in flight: that is what hides the latency of random reads. Candidate columns come in tiles of 32,
