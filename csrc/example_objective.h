@@ -20,6 +20,9 @@ template <class Real>
 NCE_HD Real larger_of(Real a, Real b) {
   return a > b ? a : b;
 }
+// The exponent of a negative; one that overflowed stays finite, so that it is no different from its own maximum.
+NCE_HD float bounded(float a) { return a > FLT_MAX ? FLT_MAX : a; }
+NCE_HD double bounded(double a) { return a > DBL_MAX ? DBL_MAX : a; }
 template <class Real>
 NCE_HD Real infinity_of() {
   return static_cast<Real>(INFINITY);
@@ -140,7 +143,7 @@ NCE_HD Real softmax_target_dlogit(const Normaliser<Real>& n, Real z) {
 template <class Real>
 NCE_HD Real negative_dlogit(const Objective& objective, const Normaliser<Real>& n, Real z) {
   if (objective.kind == ObjectiveKind::kAdversarial) {
-    return n.scale * exp_negative(n.max - static_cast<Real>(objective.temperature) * z) * sigmoid(z);
+    return n.scale * exp_negative(n.max - bounded(static_cast<Real>(objective.temperature) * z)) * sigmoid(z);
   }
   return n.scale * exp_negative(n.max - z) - n.smooth;
 }

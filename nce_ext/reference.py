@@ -227,7 +227,9 @@ def sampled_loss(
             column = -label * F.logsigmoid(z) - (1 - label) * F.logsigmoid(-z)
             column = torch.where(live, column, 0)
             if objective.kind == ADVERSARIAL:
-                share = _masked_softmax(objective.temperature * z[:, n_targets:], live[:, n_targets:]).detach()
+                share = _masked_softmax(
+                    (objective.temperature * z[:, n_targets:]).clamp_max(largest), live[:, n_targets:]
+                ).detach()
             else:
                 share = torch.ones_like(z[:, n_targets:])
             loss = objective.positive_weight * column[:, :n_targets].sum(1) + (share * column[:, n_targets:]).sum(1)

@@ -97,12 +97,18 @@ struct SharedExample {
       const Vec<Real> shift = load_lanes(static_cast<const Real*>(p.column_shift) + c) - shift_of_all;
       const auto masked_stay = [](auto l, auto low, auto z) NCE_INLINE_LAMBDA { return l < low ? l : z; };
       const Real lowest = sizeof(Real) == 4 ? static_cast<Real>(-FLT_MAX) : static_cast<Real>(-DBL_MAX);
-      const Vec<Real> z = map(masked_stay, logit, Vec<Real>(lowest), clamp_finite(clamp_finite(logit) + shift));
+      Vec<Real> z = map(masked_stay, logit, Vec<Real>(lowest), clamp_finite(clamp_finite(logit) + shift));
+      if (p.multiplicity) {
+        const auto counted = [](auto v, auto n) NCE_INLINE_LAMBDA { return n > 0 ? v : decltype(v){} - INFINITY; };
+        z = map(counted, z, load_lanes(static_cast<const Real*>(p.multiplicity) + c));
+      }
       most = map(larger, most, z);
       store_lanes(logits + c, z);
     });
     Real highest = largest(most);
-    if (adversarial) highest *= static_cast<Real>(p.objective.temperature);
+    if (adversarial && highest > -infinity_of<Real>()) {
+      highest = nce::bounded(highest * static_cast<Real>(p.objective.temperature));
+    }
     raise_max(sums.negatives, highest);
     each_vector(p.n_columns, [&](int64_t c, const auto& load_lanes, const auto& store_lanes) NCE_INLINE_LAMBDA {
       const Vec<Real> z = read_score(c, load_lanes), count = counts(c, z, load_lanes);

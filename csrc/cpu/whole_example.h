@@ -16,12 +16,24 @@ NCE_INLINE Real largest(const Vec<Real>& v) {
   return most;
 }
 
+template <class Real>
+NCE_INLINE Vec<Real> bounded(const Vec<Real>& a) {
+  const Real limit = sizeof(Real) == 4 ? static_cast<Real>(FLT_MAX) : static_cast<Real>(DBL_MAX);
+  return map([](auto p, auto high) NCE_INLINE_LAMBDA { return p > high ? high : p; }, a, Vec<Real>(limit));
+}
+
+// max - a, which only a lane that is no negative can have below 0. NaN stays NaN.
+template <class Real>
+NCE_INLINE Vec<Real> below_maximum(const Vec<Real>& difference) {
+  return map([](auto p) NCE_INLINE_LAMBDA { return p < 0 ? decltype(p){} : p; }, difference);
+}
+
 // Scores z of 16 negatives to derivatives for columns that count once; 0 where z is -inf, which stands for no column.
 template <class Real>
 NCE_INLINE Vec<Real> negative_dlogits(const Objective& objective, const Normaliser<Real>& n, const Vec<Real>& z) {
   Vec<Real> dlogit;
   if (objective.kind == ObjectiveKind::kAdversarial) {
-    const Vec<Real> exponent = Vec<Real>(static_cast<Real>(objective.temperature)) * z;
+    const Vec<Real> exponent = bounded(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
     dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - exponent) * negative_column(clamp_finite(z)).dlogit;
   } else {
     dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - z) - Vec<Real>(n.smooth);
@@ -37,14 +49,14 @@ template <class Real>
 NCE_INLINE Vec<Real> add_negatives(const Objective& objective, ExampleSums<Real>& sums, const Vec<Real>& z,
                                    const Vec<Real>& live) {
   if (objective.kind == ObjectiveKind::kAdversarial) {
-    const Vec<Real> exponent = Vec<Real>(static_cast<Real>(objective.temperature)) * z;
-    const Vec<Real> e = live * exp_negative(max_zero(Vec<Real>(sums.negatives.max) - exponent));
+    const Vec<Real> exponent = bounded(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
+    const Vec<Real> e = live * exp_negative(below_maximum(Vec<Real>(sums.negatives.max) - exponent));
     const Column<Vec<Real>> column = negative_column(z);
     sums.negatives.weight += sum(e);
     sums.negative_value += sum(e * column.loss);
     return e * column.dlogit;
   }
-  const Vec<Real> e = live * exp_negative(max_zero(Vec<Real>(sums.negatives.max) - z));
+  const Vec<Real> e = live * exp_negative(below_maximum(Vec<Real>(sums.negatives.max) - z));
   sums.negatives.weight += sum(e);
   if (objective.label_smoothing > 0) sums.negative_value += sum(live * z);
   return e;
@@ -73,7 +85,7 @@ NCE_INLINE void weigh_tile(const SampledLoss& p, const Tile<Stored, Real>& tile,
   for (int i = 0; i < kTileRows; ++i) {
     const bool negative = i >= tile.positives && i < tile.count;
     live[i] = negative ? Real(1) : Real(0);
-    exponent[i] = negative ? temperature * z[i] : -infinity_of<Real>();
+    exponent[i] = negative ? nce::bounded(temperature * z[i]) : -infinity_of<Real>();
     weight[i] = Real(0);
   }
   if (tile.count == tile.positives) return;

@@ -169,7 +169,7 @@ struct SharedColumns {
   }
 
   __device__ __forceinline__ Real exponent_of(Real z) const {
-    return adversarial() ? static_cast<Real>(p.objective.temperature) * z : z;
+    return adversarial() ? bounded(static_cast<Real>(p.objective.temperature) * z) : z;
   }
 
   __device__ __forceinline__ void take(const Scores& s, ColumnSums<Real>& sums) const {

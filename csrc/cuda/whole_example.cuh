@@ -23,7 +23,7 @@ struct WholeSums {
   }
 
   static __device__ __forceinline__ Real exponent_of(const Objective& objective, Real z) {
-    return objective.kind == ObjectiveKind::kAdversarial ? static_cast<Real>(objective.temperature) * z : z;
+    return objective.kind == ObjectiveKind::kAdversarial ? bounded(static_cast<Real>(objective.temperature) * z) : z;
   }
 
   // Makes room for the lanes' columns, where there is none: true if what was summed so far is to be multiplied by
