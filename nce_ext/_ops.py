@@ -85,10 +85,18 @@ def is_one(value: Tensor) -> bool:
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:
-    """Make a Python function the operator's kernel, for every device that has compiled ones."""
+    """Make a Python function the operator's kernel, for every device that has compiled ones.
+
+    What it computes in is its own affair, as it is a compiled kernel's: autocast ends here.
+    """
+
+    def kernel(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*arguments)
+
     if _registered:
         for device in ("cpu", "cuda"):
-            torch.library.impl(f"nce_ext::{name}", device, function)
+            torch.library.impl(f"nce_ext::{name}", device, kernel)
 
 
 def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:

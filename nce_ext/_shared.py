@@ -47,7 +47,7 @@ class _Columns:
     def __init__(self, ids: Tensor, log_q: Tensor | None, n_classes: int, *, distinct: bool) -> None:
         self.n_draws = len(ids)
         bad = (ids < 0) | (ids >= n_classes)
-        self.bad = bad.any()
+        self.bad = bad.any() if log_q is None else bad.any() | ~torch.isfinite(log_q).all()
         self.ids, order = torch.where(bad, 0, ids).sort(stable=True)
         self.log_q = None if log_q is None else log_q[order]
         first = torch.ones_like(self.ids, dtype=torch.bool)
@@ -86,6 +86,8 @@ def _shared_loss(
     learns = needs_hidden_grad or needs_row_grad
     columns = _Columns(negatives, negative_log_q, n_classes, distinct=distinct)
     n = len(columns.ids)
+    if weight.device.type == "cpu" and bool(columns.bad) and bool((target != ignore_index).any()):
+        raise RuntimeError(f"negatives must be in 0 .. {n_classes - 1}, classes with a finite log q")
     # float32 products of 16-bit operands need a GPU; elsewhere the operands are widened.
     product = weight.dtype if weight.device.type == "cuda" or weight.dtype == compute else compute
     rows = weight.index_select(0, columns.ids).to(product)
@@ -172,6 +174,8 @@ def _shared_row_grad(
         )
     upstream = grad_loss.expand(batch)
     if not batch:
+        if gradient_layout == _ops.COALESCED:  # nothing was touched
+            classes = classes[:0]
         rows = hidden.new_zeros((len(classes), hidden.shape[1]), dtype=dlogit.dtype)
         elements = dlogit.new_zeros(len(classes))
     elif dlogit.shape[0] == batch:

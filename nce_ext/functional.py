@@ -84,7 +84,8 @@ def nce_loss(
             coalesced COO gradients of weight and bias and a step that does not depend on V; for
             ``torch.optim.SGD``, ``Adagrad`` and ``SparseAdam``. "padded" gives COO gradients of always
             min(B (k + T), V) rows, the spare ones zero, at class 0: on CUDA the host then never waits for the number of
-            touched rows. True turns into it while a CUDA graph is captured.
+            touched rows. With shared negatives it has min(B T, V) + k rows, of classes that may repeat. True turns into
+            it while a CUDA graph is captured.
         backend: "fused" (compiled), "reference" (plain PyTorch), or "auto": fused where it is there.
         negatives: ids to use instead of drawing: [k] for all examples, or [..., k]. k is then their number.
         log_q: (target_log_q, negative_log_q), the log-probabilities to use instead of the noise's: of target's shape,

@@ -228,7 +228,7 @@ def sampled_loss(
             column = torch.where(live, column, 0)
             if objective.kind == ADVERSARIAL:
                 share = _masked_softmax(
-                    (objective.temperature * z[:, n_targets:]).clamp_max(largest), live[:, n_targets:]
+                    (objective.temperature * z[:, n_targets:]).clamp(-largest, largest), live[:, n_targets:]
                 ).detach()
             else:
                 share = torch.ones_like(z[:, n_targets:])
@@ -253,7 +253,7 @@ def _softmax(
         label = (1 - objective.label_smoothing) * label + objective.label_smoothing * total / n
     some = live.any(1, keepdim=True)
     normaliser = torch.logsumexp(torch.where(some, z.masked_fill(~live, -torch.inf), 0), 1, keepdim=True)
-    return torch.where(live, label * (normaliser - z), 0).sum(1)
+    return torch.where(live & (label != 0), label * (normaliser - z), 0).sum(1)
 
 
 def _masked_softmax(z: Tensor, live: Tensor) -> Tensor:

@@ -16,12 +16,6 @@ NCE_INLINE Real largest(const Vec<Real>& v) {
   return most;
 }
 
-template <class Real>
-NCE_INLINE Vec<Real> bounded(const Vec<Real>& a) {
-  const Real limit = sizeof(Real) == 4 ? static_cast<Real>(FLT_MAX) : static_cast<Real>(DBL_MAX);
-  return map([](auto p, auto high) NCE_INLINE_LAMBDA { return p > high ? high : p; }, a, Vec<Real>(limit));
-}
-
 // max - a, which only a lane that is no negative can have below 0. NaN stays NaN.
 template <class Real>
 NCE_INLINE Vec<Real> below_maximum(const Vec<Real>& difference) {
@@ -33,7 +27,7 @@ template <class Real>
 NCE_INLINE Vec<Real> negative_dlogits(const Objective& objective, const Normaliser<Real>& n, const Vec<Real>& z) {
   Vec<Real> dlogit;
   if (objective.kind == ObjectiveKind::kAdversarial) {
-    const Vec<Real> exponent = bounded(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
+    const Vec<Real> exponent = clamp_finite(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
     dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - exponent) * negative_column(clamp_finite(z)).dlogit;
   } else {
     dlogit = Vec<Real>(n.scale) * exp_negative(Vec<Real>(n.max) - z) - Vec<Real>(n.smooth);
@@ -49,7 +43,7 @@ template <class Real>
 NCE_INLINE Vec<Real> add_negatives(const Objective& objective, ExampleSums<Real>& sums, const Vec<Real>& z,
                                    const Vec<Real>& live) {
   if (objective.kind == ObjectiveKind::kAdversarial) {
-    const Vec<Real> exponent = bounded(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
+    const Vec<Real> exponent = clamp_finite(Vec<Real>(static_cast<Real>(objective.temperature)) * z);
     const Vec<Real> e = live * exp_negative(below_maximum(Vec<Real>(sums.negatives.max) - exponent));
     const Column<Vec<Real>> column = negative_column(z);
     sums.negatives.weight += sum(e);
