@@ -15,7 +15,7 @@ from nce_ext._call import Call, known_ids
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
 # slower, and in the L2 cache on a GPU.
-_WORKSPACE = {"cpu": 2**21, "cuda": 32 * 2**20}
+_WORKSPACE = {"cpu": 2**22, "cuda": 32 * 2**20}
 
 
 def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
