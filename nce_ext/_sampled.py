@@ -43,7 +43,7 @@ def sampled_loss(
         scale = None
         if reduction != "none" and (weights is None or not weights.requires_grad):
             scale = _scale(call, weights, reduction)
-        losses = guarded(_shared.losses, (call, scale, learns), given, check_first=True)
+        losses = guarded(_shared.losses, (call, scale, learns), given, check_first=hidden.device.type != "cpu")
         if scale is not None:
             return losses.sum()
     elif call.fused:
