@@ -69,13 +69,22 @@ format: $(VENV)/.lint  ## put Python and C++ files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-build/sanitized-tests: tests/cpp/test_kernels.cpp $(CPP)
-	@mkdir -p build
-	$(CXX) -std=c++20 -O1 -g -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
-		-fsanitize=address,undefined -fno-sanitize-recover=all $(KERNELS) $< -o $@ -pthread
+# Unoptimised: the sanitizers' checks in code that is always inlined keep an optimiser busy for minutes.
+CPP_TESTS := build/sanitized/test_kernels build/sanitized/test_objectives
+SANITIZED_KERNELS := $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o)
+.SECONDARY: $(SANITIZED_KERNELS)
+CPP_TEST_FLAGS := -std=c++20 -O0 -g1 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
 
-sanitize: build/sanitized-tests  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	./build/sanitized-tests
+build/sanitized/%.o: csrc/cpu/%.cpp $(wildcard csrc/*.h csrc/cpu/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -c $< -o $@
+
+build/sanitized/test_%: tests/cpp/test_%.cpp tests/cpp/problem.h $(SANITIZED_KERNELS)
+	$(CXX) $(CPP_TEST_FLAGS) $< $(SANITIZED_KERNELS) -o $@ -pthread
+
+sanitize: $(CPP_TESTS)  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	for program in $(CPP_TESTS); do ./$$program || exit 1; done
 
 EMULATED := kernels sampled_loss whole_example scatter row_grad shared_loss
 EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)

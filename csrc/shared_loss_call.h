@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "check.h"
+#include "loss_operands.h"
 #include "shared_loss.h"
 
 namespace nce {
@@ -16,16 +16,6 @@ struct SharedLossCall {
   Tensor loss, target_ids, target_dlogit, grad_hidden, grad_shift;
 };
 
-// A contiguous tensor of compute values or of another type, or null if there is none.
-inline const void* contiguous_data(const char* name, const std::optional<Tensor>& t, ScalarType type,
-                                   std::initializer_list<int64_t> shape, const Tensor& like) {
-  if (!t) return nullptr;
-  check_tensor(name, *t, type, like);
-  check_shape(name, *t, shape);
-  STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
-  return t->const_data_ptr();
-}
-
 inline SharedLossCall prepare_shared_loss(const Tensor& logits, const Tensor& hidden, const Tensor& weight,
                                           const std::optional<Tensor>& bias, const Tensor& target,
                                           const std::optional<Tensor>& target_log_q, const std::optional<Tensor>& log_z,
@@ -35,43 +25,16 @@ inline SharedLossCall prepare_shared_loss(const Tensor& logits, const Tensor& hi
                                           int64_t ignore_index, const Objective& objective, bool needs_derivatives,
                                           bool needs_hidden_grad) {
   SharedLoss p{};
-  check_device("weight", weight, hidden);
-  const Storage storage = storage_of("weight", weight);
+  const Storage storage = fill_operands(p, hidden, weight, bias, target, target_log_q, log_z, offset, uniform_labels,
+                                        mean_candidates, ignore_index, objective);
   const ScalarType compute = compute_type(storage);
-  p.hidden_storage = storage_of("hidden", hidden);
-  STD_TORCH_CHECK((p.hidden_storage == Storage::kDouble) == (storage == Storage::kDouble),
-                  "hidden and weight must both be float64 or neither");
-  check_rows("hidden", hidden);
-  check_rows("weight", weight);
   check_tensor("logits", logits, compute, hidden);
   check_rows("logits", logits);
-  check_tensor("target", target, ScalarType::Long, hidden);
-  p.batch = hidden.size(0);
-  p.dim = weight.size(1);
-  p.n_classes = weight.size(0);
   p.n_columns = logits.size(1);
-  STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
   STD_TORCH_CHECK(logits.size(0) == p.batch, "logits must have ", p.batch, " rows, got ", logits.size(0));
   STD_TORCH_CHECK(p.batch <= 1 || logits.stride(0) >= p.n_columns, "logits must have rows that do not overlap");
-  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == p.batch && target.is_contiguous(),
-                  "target must be contiguous of shape [", p.batch, ", T], got ", shape_of(target));
-  p.n_targets = target.size(1);
   STD_TORCH_CHECK(p.n_columns < (int64_t{1} << 31) && p.n_targets < (int64_t{1} << 31),
                   "logits and target must have fewer than 2^31 columns, got ", p.n_columns, " and ", p.n_targets);
-  p.hidden = hidden.const_data_ptr();
-  p.hidden_stride = hidden.stride(0);
-  p.weight = weight.const_data_ptr();
-  p.weight_stride = weight.stride(0);
-  p.bias = contiguous_data("bias", bias, weight.scalar_type(), {p.n_classes}, hidden);
-  p.target = static_cast<const int64_t*>(target.const_data_ptr());
-  p.target_log_q = contiguous_data("target_log_q", target_log_q, compute, {p.batch, p.n_targets}, hidden);
-  if (log_z) {
-    check_tensor("log_z", *log_z, compute, hidden);
-    check_shape("log_z", *log_z, {p.batch});
-    p.log_z = log_z->const_data_ptr();
-    p.log_z_stride = log_z->stride(0);
-  }
-  p.offset = offset;
   p.column_shift = contiguous_data("column_shift", column_shift, compute, {p.n_columns}, hidden);
   p.multiplicity = contiguous_data("multiplicity", multiplicity, compute, {p.n_columns}, hidden);
   p.hits =
@@ -79,14 +42,7 @@ inline SharedLossCall prepare_shared_loss(const Tensor& logits, const Tensor& hi
   p.row_scale = contiguous_data("row_scale", row_scale, compute, {p.batch}, hidden);
   STD_TORCH_CHECK(n_draws >= 0, "n_draws must be >= 0, got ", n_draws);
   p.n_draws = n_draws;
-  p.uniform_labels = uniform_labels;
-  p.mean_candidates = mean_candidates;
-  p.ignore_index = ignore_index;
-  p.objective = objective;
-  STD_TORCH_CHECK(!(objective.kind != ObjectiveKind::kBinary && mean_candidates),
-                  "mean_candidates must be False but for the binary objective");
-  STD_TORCH_CHECK(objective.correct_positive || (p.n_targets == 1 && target_log_q),
-                  "target must have one column, and a log q, without correct_positive, got ", p.n_targets);
+  STD_TORCH_CHECK(objective.correct_positive || target_log_q, "target_log_q must be given without correct_positive");
   p.needs_derivatives = needs_derivatives;
 
   const int64_t rows = needs_derivatives ? p.batch : 0;

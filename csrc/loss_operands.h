@@ -1,0 +1,69 @@
+// The operands that all losses have in common, checked and filled in; and the tensors that go with them.
+#pragma once
+
+#include <optional>
+
+#include "check.h"
+#include "sampled_loss.h"
+
+namespace nce {
+
+// Data of a contiguous tensor of that type and shape, or null if there is none.
+inline const void* contiguous_data(const char* name, const std::optional<Tensor>& t, ScalarType type,
+                                   std::initializer_list<int64_t> shape, const Tensor& like) {
+  if (!t) return nullptr;
+  check_tensor(name, *t, type, like);
+  check_shape(name, *t, shape);
+  STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
+  return t->const_data_ptr();
+}
+
+// Returns the storage type of the weight.
+inline Storage fill_operands(LossOperands& p, const Tensor& hidden, const Tensor& weight,
+                             const std::optional<Tensor>& bias, const Tensor& target,
+                             const std::optional<Tensor>& target_log_q, const std::optional<Tensor>& log_z,
+                             double offset, bool uniform_labels, bool mean_candidates, int64_t ignore_index,
+                             const Objective& objective) {
+  check_device("weight", weight, hidden);
+  const Storage storage = storage_of("weight", weight);
+  const ScalarType compute = compute_type(storage);
+  p.hidden_storage = storage_of("hidden", hidden);
+  STD_TORCH_CHECK((p.hidden_storage == Storage::kDouble) == (storage == Storage::kDouble),
+                  "hidden and weight must both be float64 or neither");
+  check_rows("hidden", hidden);
+  check_rows("weight", weight);
+  p.batch = hidden.size(0);
+  p.dim = weight.size(1);
+  p.n_classes = weight.size(0);
+  STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
+  p.hidden = hidden.const_data_ptr();
+  p.hidden_stride = hidden.stride(0);
+  p.weight = weight.const_data_ptr();
+  p.weight_stride = weight.stride(0);
+  p.bias = contiguous_data("bias", bias, weight.scalar_type(), {p.n_classes}, hidden);
+
+  check_tensor("target", target, ScalarType::Long, hidden);
+  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == p.batch && target.is_contiguous(),
+                  "target must be contiguous of shape [", p.batch, ", T], got ", shape_of(target));
+  p.target = static_cast<const int64_t*>(target.const_data_ptr());
+  p.n_targets = target.size(1);
+  p.target_log_q = contiguous_data("target_log_q", target_log_q, compute, {p.batch, p.n_targets}, hidden);
+  if (log_z) {
+    check_tensor("log_z", *log_z, compute, hidden);
+    check_shape("log_z", *log_z, {p.batch});
+    p.log_z = log_z->const_data_ptr();
+    p.log_z_stride = log_z->stride(0);
+  }
+  p.offset = offset;
+  p.uniform_labels = uniform_labels;
+  p.mean_candidates = mean_candidates;
+  p.ignore_index = ignore_index;
+  p.objective = objective;
+  STD_TORCH_CHECK(objective.kind == ObjectiveKind::kBinary || !mean_candidates,
+                  "mean_candidates must be False but for the binary objective");
+  STD_TORCH_CHECK(objective.correct_positive || p.n_targets == 1,
+                  "target must have one column without correct_positive, got ", p.n_targets);
+  return storage;
+}
+
+}  // namespace nce
