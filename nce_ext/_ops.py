@@ -80,8 +80,11 @@ def _one_dnn_works() -> bool:
 
 
 def is_one(value: Tensor) -> bool:
-    """Whether a tensor is the number 1, as what backward() starts with is; only where that costs no waiting."""
-    return not torch.compiler.is_compiling() and value.device.type == "cpu" and value.numel() == 1 and bool(value == 1)
+    """Whether a tensor is the number 1, as what backward() starts with is; only where that costs no waiting.
+
+    While a graph is traced the tensors are of other types, and have no values.
+    """
+    return type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1 and bool(value == 1)
 
 
 def implement(name: str, function: Callable[..., Any]) -> None:

@@ -55,7 +55,8 @@ def con() -> ModuleType:
 def nothing_installed(tmp_path, monkeypatch) -> Path:
     """An empty folder; neither Debian's data nor scikit-learn can be found."""
     monkeypatch.setattr(load_example("_data"), "SYSTEM", tmp_path / "usr-share")
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in ("sklearn", "sklearn.datasets"):  # another test may have imported the second
+        monkeypatch.setitem(sys.modules, name, None)
     return tmp_path
 
 
@@ -357,4 +358,4 @@ def test_contrastive_run(con, tmp_path, monkeypatch, capsys):
         accuracy, bound, seconds = rows[name]
         assert 0 <= float(accuracy.rstrip("%")) <= 100
         assert float(bound) <= math.log(40)
-        assert float(seconds) > 0
+        assert float(seconds) >= 0  # rounded
