@@ -51,6 +51,12 @@ class Call(NamedTuple):
         one_log_q = self.negative_log_q is None or self.negative_log_q.shape[0] == 1
         return self.ids is not None and self.one_row and one_log_q
 
+    def log_q(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """log q of the targets and of the negatives ``ids``: as given, else the noise's; None where none is wanted."""
+        if not self.subtract_log_q or self.target_log_q is not None:
+            return self.target_log_q, self.negative_log_q
+        return tuple(self.noise.log_prob(known_ids(self.noise, classes)) for classes in (self.target, ids))  # type: ignore
+
     def operator_arguments(self) -> tuple[Any, ...]:
         """The first arguments of the operators sampled_loss and scatter_sgd_, which are the same."""
         return (

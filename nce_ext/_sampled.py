@@ -97,10 +97,7 @@ def _reference_loss(call: _call.Call, given: tuple) -> Tensor:
     if ids is None:
         assert call.seed is not None
         ids = reference.draw(noise.kind, noise.n_classes, noise.table, call.seed, n_examples, call.k)
-    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
-    if call.subtract_log_q and target_log_q is None:
-        target_log_q = noise.log_prob(_call.known_ids(noise, call.target))
-        negative_log_q = noise.log_prob(_call.known_ids(noise, ids))
+    target_log_q, negative_log_q = call.log_q(ids)
     return reference.sampled_loss(
         call.hidden, call.weight, call.bias, call.target, ids.expand(n_examples, call.k), call.log_z, target_log_q,
         negative_log_q, objective=call.objective, offset=call.offset, remove_hits=call.remove_hits,

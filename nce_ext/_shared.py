@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
-from nce_ext._call import Call, known_ids
+from nce_ext._call import Call
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
 # slower, and in the L2 cache on a GPU.
@@ -20,17 +20,13 @@ _WORKSPACE = {"cpu": 2**22, "cuda": 32 * 2**20}
 
 def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
     """Loss of each example [B], or with ``scale`` [B] the sum of their products, [1]."""
-    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
     assert call.ids is not None
-    ids = call.ids[0]
-    if call.subtract_log_q and target_log_q is None:
-        compute = _ops.compute_dtype(call.weight.dtype)
-        target_log_q = call.noise.log_prob(known_ids(call.noise, call.target)).to(compute)
-        negative_log_q = call.noise.log_prob(known_ids(call.noise, ids)).to(compute)[None]
+    compute = _ops.compute_dtype(call.weight.dtype)
+    target_log_q, negative_log_q = (None if q is None else q.to(compute) for q in call.log_q(call.ids))
     hidden = call.hidden if call.hidden.stride(-1) == 1 else call.hidden.contiguous()
     parameters = (call.weight, call.bias, call.log_z)
     return _ops.shared_loss(
-        hidden, call.weight, call.bias, call.target, call.log_z, ids, target_log_q,
+        hidden, call.weight, call.bias, call.target, call.log_z, call.ids[0], target_log_q,
         None if negative_log_q is None else negative_log_q[0], scale, call.distinct, call.offset, call.remove_hits,
         call.uniform_labels, call.mean_candidates, call.ignore_index, *call.objective,
         learns and call.hidden.requires_grad, learns and any(t is not None and t.requires_grad for t in parameters),

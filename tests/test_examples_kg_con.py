@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
 import sys
 from pathlib import Path
@@ -12,11 +11,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from load_example import load_example
 
 pytest.importorskip("tqdm", reason="pip install -r requirements/demo.txt")
 pytest.importorskip("matplotlib", reason="pip install -r requirements/demo.txt")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # wndb(5WN): offset, file, type, words in hexadecimal, (word, id)*, pointers, (symbol, offset, type, words)*, | gloss
 WORDNET = {
@@ -33,12 +32,6 @@ WORDNET = {
 """,
     "adv": "00000100 02 r 01 felinely 0 000 | in the manner of cats\n",
 }
-
-
-def load_example(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

