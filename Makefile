@@ -134,7 +134,8 @@ audit: wheel $(VENV)/.audit  ## check the wheel: only Python's and torch's stabl
 	rm -rf build/audit && $(BIN)/python -m zipfile -e dist/*.whl build/audit
 	$(BIN)/abi3audit --strict dist/*.whl
 	$(BIN)/torch-abi-audit --check both build/audit/nce_ext/_C.abi3.so
-	@for object in $$(find build -name 'kernels_avx*.o'); do \
+	@objects=$$(find build/temp.* -name 'kernels_avx*.o'); test -n "$$objects" || { echo "no objects to check"; exit 1; }; \
+	for object in $$objects; do \
 		if nm "$$object" | grep -E ' [WVu] '; then echo "$$object shares code with other instruction sets"; exit 1; fi; \
 	done
 
