@@ -5,7 +5,9 @@
 #include <new>
 
 #include "../row_grad.h"
+#include "../row_step.h"
 #include "../sampled_loss.h"
+#include "../scatter_step.h"
 #include "../shared_loss.h"
 
 namespace nce {
@@ -26,6 +28,21 @@ struct Kernels {
 
   // Segments begin .. end - 1. `scratch` holds padded_dim(dim) compute values, aligned to 64 bytes.
   void (*row_grad[4])(const RowGrad& p, int64_t begin, int64_t end, void* scratch);  // by weight's Storage
+
+  // Rows classes[begin] .. classes[end - 1], or begin .. end - 1 if classes is null, of distinct classes; row i of the
+  // gradient is of the weight's storage. `scratch` holds 2 * padded_dim(dim) compute values.
+  void (*row_step[4])(const RowStep& p, const int64_t* classes, const void* gradient, int64_t gradient_stride,
+                      int64_t begin, int64_t end, void* scratch);
+
+  // As row_grad, but each row's gradient goes into a step instead of to memory. `scratch` holds 3 * padded_dim(dim).
+  void (*row_grad_step[4])(const RowGrad& p, const RowStep& step, int64_t begin, int64_t end, void* scratch);
+
+  // squares[s] = squared norm of the gradient of segment s. `scratch` holds 2 * padded_dim(dim) compute values.
+  void (*row_grad_norm[2])(const RowGrad& p, bool with_rows, bool with_bias, int64_t begin, int64_t end, void* scratch,
+                           double* squares);  // float, double
+
+  // Examples begin .. end - 1; other threads may be adding to the same rows. `scratch` holds padded_dim(dim) floats.
+  void (*scatter_step)(const ScatterStep& p, int64_t begin, int64_t end, void* scratch);
 };
 
 // Memory for a kernel's `scratch`.

@@ -4,8 +4,10 @@
 #include "../example_objective.h"
 #include "kernels.h"
 #include "row_grad_kernel.h"
+#include "row_step_kernel.h"
 #include "sample_kernel.h"
 #include "sampled_loss_kernel.h"
+#include "scatter_step_kernel.h"
 #include "shared_loss_kernel.h"
 #include "simd.h"
 
@@ -21,6 +23,11 @@ static constexpr Kernels kTable = {
      sampled_loss<double, double>},
     {shared_loss<float, float>, shared_loss<BFloat16, float>, shared_loss<Half, float>, shared_loss<double, double>},
     {row_grad<float, float>, row_grad<BFloat16, float>, row_grad<Half, float>, row_grad<double, double>},
+    {row_step<float, float>, row_step<BFloat16, float>, row_step<Half, float>, row_step<double, double>},
+    {row_grad_step<float, float>, row_grad_step<BFloat16, float>, row_grad_step<Half, float>,
+     row_grad_step<double, double>},
+    {row_grad_norm<float>, row_grad_norm<double>},
+    scatter_step,
 };
 
 }  // namespace nce::NCE_SIMD_NAMESPACE

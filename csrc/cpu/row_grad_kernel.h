@@ -93,17 +93,21 @@ NCE_INLINE void sum_rows(const Chunk<Hidden, Real>& chunk, int64_t dim, const Ou
   if (d < dim) out.put_first(d, sum_tail(chunk, d, dim - d), dim - d);
 }
 
-template <class Stored, class Hidden, class Real>
-NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial) {
+// Sums the segments begin .. end - 1 and hands each to the sink: sink.ahead(s) before its turn, where the sum is to be
+// written by sink.row(s, class) or null, whether past the caches by sink.streamed(), and then sink.finish(s, class,
+// sum of the coefficients).
+template <class Summed, class Hidden, class Real, class Sink>
+NCE_INLINE void for_each_segment(const RowGrad& p, int64_t begin, int64_t end, Real* partial, Sink& sink) {
   constexpr int64_t kAhead = 6;  // pairs; hidden rows of a segment lie anywhere in the batch
   const ExampleOf examples = examples_of(static_cast<uint64_t>(p.columns));
-  const bool streamed = p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
   const int64_t n_pairs = p.segment_start[end];
   int64_t fetched = p.segment_start[begin];
   Chunk<Hidden, Real> chunk;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t first = p.segment_start[s], last = p.segment_start[s + 1];
-    const int64_t out_row = p.by_class ? static_cast<int64_t>(p.pairs[first] >> 32) : s;
+    const auto segment_class = static_cast<int64_t>(p.pairs[first] >> 32);
+    sink.ahead(s);
+    Summed* row = sink.row(s, segment_class);
     Real bias = Real(0);
     for (int64_t chunk_begin = first; chunk_begin < last; chunk_begin += kChunk) {
       const int64_t chunk_end = chunk_begin + kChunk < last ? chunk_begin + kChunk : last;
@@ -115,31 +119,64 @@ NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, 
         __builtin_prefetch(static_cast<const Real*>(p.dlogit) + pair);
       }
       read_chunk(p, examples, chunk_begin, chunk_end, chunk);
-      if (p.values) {
-        Stored* row = static_cast<Stored*>(p.values) + out_row * p.dim;
-        sum_rows(chunk, p.dim, Output<Stored, Real>{row, partial, chunk_begin == first, chunk_end == last, streamed});
+      if (row) {
+        sum_rows(chunk, p.dim,
+                 Output<Summed, Real>{row, partial, chunk_begin == first, chunk_end == last, sink.streamed()});
       }
       Real sum = Real(0);
       for (int i = 0; i < chunk.count; ++i) sum += chunk.coefficient[i];
       bias += sum;
     }
-    if (p.bias) store_first(static_cast<Stored*>(p.bias) + out_row, Vec<Real>(bias), 1);
+    sink.finish(s, segment_class, bias);
+  }
+}
+
+// Segments become rows and elements of a gradient.
+template <class Stored, class Real>
+struct GradientSink {
+  const RowGrad& p;
+  bool past_caches;
+
+  NCE_INLINE_LAMBDA inline int64_t place(int64_t s, int64_t segment_class) const {
+    return p.by_class ? segment_class : s;
+  }
+  NCE_INLINE_LAMBDA inline void ahead(int64_t) const {}
+  NCE_INLINE_LAMBDA inline Stored* row(int64_t s, int64_t segment_class) const {
+    return p.values ? static_cast<Stored*>(p.values) + place(s, segment_class) * p.dim : nullptr;
+  }
+  NCE_INLINE_LAMBDA inline bool streamed() const { return past_caches; }
+  NCE_INLINE_LAMBDA inline void finish(int64_t s, int64_t segment_class, Real bias) const {
+    if (p.bias) store_first(static_cast<Stored*>(p.bias) + place(s, segment_class), Vec<Real>(bias), 1);
+  }
+};
+
+template <class Stored, class Hidden, class Real>
+NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial) {
+  const bool aligned = p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
+  GradientSink<Stored, Real> sink{p, aligned};
+  for_each_segment<Stored, Hidden>(p, begin, end, partial, sink);
+}
+
+// Calls f(a null pointer to hidden's type).
+template <class Real, class F>
+NCE_INLINE void with_hidden_type(Storage storage, const F& f) {
+  if constexpr (sizeof(Real) == sizeof(double)) {
+    f(static_cast<const double*>(nullptr));
+  } else if (storage == Storage::kFloat) {
+    f(static_cast<const float*>(nullptr));
+  } else if (storage == Storage::kBFloat16) {
+    f(static_cast<const BFloat16*>(nullptr));
+  } else {
+    f(static_cast<const Half*>(nullptr));
   }
 }
 
 template <class Stored, class Real>
 static void row_grad(const RowGrad& p, int64_t begin, int64_t end, void* scratch) {
   if (begin == end) return;
-  Real* partial = static_cast<Real*>(scratch);
-  if constexpr (sizeof(Real) == sizeof(double)) {
-    row_grad_segments<Stored, double>(p, begin, end, partial);
-  } else if (p.hidden_storage == Storage::kFloat) {
-    row_grad_segments<Stored, float>(p, begin, end, partial);
-  } else if (p.hidden_storage == Storage::kBFloat16) {
-    row_grad_segments<Stored, BFloat16>(p, begin, end, partial);
-  } else {
-    row_grad_segments<Stored, Half>(p, begin, end, partial);
-  }
+  with_hidden_type<Real>(p.hidden_storage, [&]<class Hidden>(const Hidden*) NCE_INLINE_LAMBDA {
+    row_grad_segments<Stored, Hidden>(p, begin, end, static_cast<Real*>(scratch));
+  });
 #if NCE_SIMD_LEVEL > 0
   _mm_sfence();  // streamed stores become visible before another thread is told that they are there
 #endif

@@ -1,0 +1,102 @@
+// A call of row_step_ or row_grad_step_ on any device, its arguments checked.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+
+#include "check.h"
+#include "row_step.h"
+
+namespace nce {
+
+// The numbers of a step, as the operators take them.
+struct StepNumbers {
+  int64_t rule, step;
+  double rate, weight_decay, log_decay, beta1, beta2, eps;
+  bool nesterov, maximize;
+};
+
+// The state of a table, as the operators take it.
+struct StepState {
+  const std::optional<Tensor>&first, &second, &row_steps, &decayed, &master;
+};
+
+inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wanted, ScalarType type,
+                      std::initializer_list<int64_t> shape, const Tensor& weight) {
+  STD_TORCH_CHECK(wanted || !t, name, " must be None with this rule");
+  if (!t) return nullptr;
+  check_tensor(name, *t, type, weight);
+  check_shape(name, *t, shape);
+  STD_TORCH_CHECK(t->is_contiguous(), name, " must be contiguous");
+  return t->mutable_data_ptr();
+}
+
+inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
+                                const std::optional<Tensor>& gradient_scale, const std::optional<Tensor>& seed,
+                                const StepNumbers& numbers) {
+  STD_TORCH_CHECK(numbers.rule >= 0 && numbers.rule <= 3, "rule must be 0, 1, 2 or 3, got ", numbers.rule);
+  check_rows("weight", weight);
+  const Storage storage = storage_of("weight", weight);
+  const ScalarType compute = compute_type(storage);
+  const int64_t n_rows = weight.size(0), dim = weight.size(1);
+  STD_TORCH_CHECK(n_rows <= 1 || weight.stride(0) >= dim, "weight must have rows that do not overlap");
+  RowStep p{};
+  p.rule = static_cast<StepRule>(numbers.rule);
+  p.nesterov = numbers.nesterov;
+  p.maximize = numbers.maximize;
+  p.rate = numbers.rate;
+  p.weight_decay = numbers.weight_decay;
+  p.beta1 = numbers.beta1;
+  p.beta2 = numbers.beta2;
+  p.eps = numbers.eps;
+  p.log_decay = numbers.log_decay;
+  p.step = numbers.step;
+  p.dim = dim;
+  p.n_rows = n_rows;
+  p.weight = weight.mutable_data_ptr();
+  p.weight_stride = weight.stride(0);
+  const bool adam = p.rule == StepRule::kAdam, sgd = p.rule == StepRule::kSgd;
+  STD_TORCH_CHECK(!adam || (state.first && state.second), "first and second must be given with rule 3");
+  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", numbers.rule);
+  STD_TORCH_CHECK(!adam || state.row_steps || numbers.step >= 1, "step must be >= 1, got ", numbers.step);
+  p.first = state_of("first", state.first, adam || sgd, compute, {n_rows, dim}, weight);
+  if (p.rule == StepRule::kRowwiseAdagrad) {
+    p.second = state_of("second", state.second, true, compute, {n_rows}, weight);
+  } else {
+    p.second = state_of("second", state.second, !sgd, compute, {n_rows, dim}, weight);
+  }
+  p.row_steps = static_cast<int32_t*>(state_of("row_steps", state.row_steps, true, ScalarType::Int, {n_rows}, weight));
+  p.decayed = static_cast<double*>(state_of("decayed", state.decayed, true, ScalarType::Double, {n_rows}, weight));
+  const bool narrow = storage == Storage::kBFloat16 || storage == Storage::kHalf;
+  STD_TORCH_CHECK(narrow || !state.master, "master must be None but for a 16-bit weight");
+  p.master = static_cast<float*>(state_of("master", state.master, true, ScalarType::Float, {n_rows, dim}, weight));
+  if (gradient_scale) {
+    check_tensor("gradient_scale", *gradient_scale, compute, weight);
+    STD_TORCH_CHECK(gradient_scale->numel() == 1, "gradient_scale must have one element, got shape ",
+                    shape_of(*gradient_scale));
+    p.gradient_scale = gradient_scale->const_data_ptr();
+  }
+  if (seed) {
+    STD_TORCH_CHECK(narrow, "seed must be None but for a 16-bit weight");
+    p.seed = seed_words(*seed, weight);
+    p.seed_stride = seed->stride(0);
+  }
+  return p;
+}
+
+// Of row_step_: the rows' gradient, and their classes if not all rows are stepped on.
+inline void check_gradient(const Tensor& gradient, const std::optional<Tensor>& classes, const Tensor& weight) {
+  check_tensor("gradient", gradient, weight.scalar_type(), weight);
+  check_rows("gradient", gradient);
+  int64_t rows = weight.size(0);
+  if (classes) {
+    check_tensor("classes", *classes, ScalarType::Long, weight);
+    STD_TORCH_CHECK(classes->dim() == 1 && classes->is_contiguous(), "classes must be 1-D and contiguous, got ",
+                    shape_of(*classes));
+    rows = classes->size(0);
+  }
+  check_shape("gradient", gradient, {rows, weight.size(1)});
+}
+
+}  // namespace nce
