@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _ops, reference
+from nce_ext._ops import draw_seed
 
 MAX_CLASSES = 2**31 - 1
 # sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
@@ -278,11 +279,6 @@ class Unigram(Table):
 
     def extra_repr(self) -> str:
         return f"n_classes={self.n_classes}, power={self.power:g}"
-
-
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed from torch's own random state: int64 [2]."""
-    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def check_seed(seed: Tensor, device: torch.device) -> Tensor:

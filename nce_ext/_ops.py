@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nce_ext import _library, reference
+from nce_ext import _fakes, _library, _row_step, reference
+from nce_ext._fakes import COALESCED, DENSE, PADDED, compute_dtype
+from nce_ext._row_step import RowState, StepNumbers
 
 _registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]
 
@@ -30,10 +32,6 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
     if _library.fused_available(weights.device):
         return torch.ops.nce_ext.alias_table(weights, scale)
     return reference.alias_table(weights, scale)
-
-
-# What backward makes of the rows' gradient: the last argument of sampled_loss.
-DENSE, COALESCED, PADDED = 0, 1, 2
 
 
 def sampled_loss(*args: Any) -> Tensor:
@@ -57,6 +55,43 @@ def row_grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def row_grad_dense(*args: Any) -> tuple[Tensor, Tensor]:
     return torch.ops.nce_ext.row_grad_dense(*args)
+
+
+def coalesce(gradient: Tensor) -> Tensor:
+    """A COO gradient [V, ...] of one row a class: those of equal classes added up in their order, classes ascending."""
+    if gradient.is_coalesced():
+        return gradient
+    classes, values = gradient._indices()[0], gradient._values()
+    n, size = len(classes), gradient.shape
+    if not _library.fused_available(gradient.device) or n == 0 or values[0].numel() == 0 or size[0] >= 2**31:
+        return gradient.coalesce()
+    one = values.new_ones((1,), dtype=compute_dtype(values.dtype)).expand(n)
+    rows = values.reshape(n, -1)
+    classes, rows, _ = row_grad(
+        classes.int()[:, None], one[:, None].contiguous(), one, rows, size[0], values.dtype, True, False, False
+    )
+    return _coo(classes, rows.reshape(-1, *values.shape[1:]), tuple(size), True)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed from torch's own random state: int64 [2]."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+
+
+def row_step_(
+    weight: Tensor,
+    classes: Tensor | None,
+    gradient: Tensor,
+    state: RowState,
+    numbers: StepNumbers,
+    gradient_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> None:
+    """One step of an optimizer on rows of weight [V, D] in place; classes ascending, each once."""
+    if _library.fused_available(weight.device):
+        torch.ops.nce_ext.row_step_(weight, classes, gradient, *state, gradient_scale, seed, *numbers)
+    else:
+        _row_step.row_step_(weight, classes, gradient, state, numbers, gradient_scale, seed)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -148,121 +183,6 @@ def _flag_coalesced(parameter: Tensor) -> None:
     classes = grad._indices()[0]
     if _made_here(classes) or (classes.device.type == "cpu" and bool((classes[1:] > classes[:-1]).all())):
         grad._coalesced_(True)
-
-
-def _fake_sample(seed, table, kind, n_classes, rows, cols):
-    return seed.new_empty((rows, cols))
-
-
-def _fake_alias_table(weights, scale):
-    return weights.new_empty((weights.shape[0], 4), dtype=torch.int32)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _fake_sampled_loss(
-    hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight,
-    label_smoothing, temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
-):  # fmt: skip
-    batch, dim = hidden.shape
-    columns = target.shape[1] + num_negatives
-    compute = compute_dtype(weight.dtype)
-    rows = batch if needs_row_grad or (objective != reference.BINARY and needs_hidden_grad) else 0
-    return (
-        hidden.new_empty((batch,), dtype=compute),
-        hidden.new_empty((rows, columns), dtype=torch.int32),
-        hidden.new_empty((rows, columns), dtype=compute),
-        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
-    )
-
-
-def _fake_scatter_sgd_(
-    hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
-    learning_rate,
-):  # fmt: skip
-    batch, dim = hidden.shape
-    compute = compute_dtype(weight.dtype)
-    return (
-        hidden.new_empty((batch,), dtype=compute),
-        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
-    )
-
-
-def _fake_shared_loss_(
-    logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits, row_scale, offset,
-    uniform_labels, mean_candidates, n_draws, ignore_index, objective, positive_weight, label_smoothing, temperature,
-    correct_positive, needs_derivatives, needs_hidden_grad,
-):  # fmt: skip
-    (batch, dim), n_targets = hidden.shape, target.shape[1]
-    rows = batch if needs_derivatives else 0
-    return (
-        logits.new_empty((batch,)),
-        target.new_empty((rows, n_targets), dtype=torch.int32),
-        logits.new_empty((rows, n_targets)),
-        logits.new_empty((rows if needs_hidden_grad else 0, dim)),
-        logits.new_empty((rows,)),
-    )
-
-
-def _fake_shared_loss(
-    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
-    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing,
-    temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
-):  # fmt: skip
-    (batch, dim), n_targets, k = hidden.shape, target.shape[1], negatives.shape[0]
-    compute = compute_dtype(weight.dtype)
-    examples = batch if needs_hidden_grad or needs_row_grad else 0
-    columns = k if needs_row_grad and row_scale is not None else 0
-    return (
-        hidden.new_empty((batch if row_scale is None else 1,), dtype=compute),
-        target.new_empty((examples, n_targets), dtype=torch.int32),
-        hidden.new_empty((examples, n_targets), dtype=compute),
-        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
-        target.new_empty((k if needs_row_grad else 0,)),
-        hidden.new_empty((columns, dim), dtype=compute),
-        hidden.new_empty((columns,), dtype=compute),
-        hidden.new_empty((batch if needs_row_grad and row_scale is None else 0, k), dtype=compute),
-        hidden.new_empty((examples,), dtype=compute),
-    )
-
-
-def _fake_shared_row_grad(
-    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows,
-    with_bias, gradient_layout,
-):  # fmt: skip
-    unique: Any
-    n: Any
-    if gradient_layout == DENSE:
-        unique, n = 0, n_classes
-    elif gradient_layout == PADDED:
-        unique = n = torch.sym_min(target_ids.numel(), n_classes) + classes.shape[0]
-    else:
-        unique = n = torch.library.get_ctx().new_dynamic_size()
-    return (
-        classes.new_empty((unique,)),
-        hidden.new_empty((n if with_rows else 0, hidden.shape[1]), dtype=dtype),
-        hidden.new_empty((n if with_bias else 0,), dtype=dtype),
-    )
-
-
-def _fake_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias, padded):
-    unique = torch.sym_min(ids.numel(), n_classes) if padded else torch.library.get_ctx().new_dynamic_size()
-    return (
-        ids.new_empty((unique,), dtype=torch.int64),
-        hidden.new_empty((unique if with_rows else 0, hidden.shape[1]), dtype=dtype),
-        hidden.new_empty((unique if with_bias else 0,), dtype=dtype),
-    )
-
-
-def _fake_row_grad_dense(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, with_bias):
-    return (
-        hidden.new_empty((n_classes if with_rows else 0, hidden.shape[1]), dtype=dtype),
-        hidden.new_empty((n_classes if with_bias else 0,), dtype=dtype),
-    )
 
 
 NO_DOUBLE_BACKWARD = (
@@ -377,14 +297,7 @@ def _coo(classes: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool
 
 
 if _registered:
-    torch.library.register_fake("nce_ext::sample", _fake_sample)
-    torch.library.register_fake("nce_ext::alias_table", _fake_alias_table)
-    torch.library.register_fake("nce_ext::sampled_loss", _fake_sampled_loss)
-    torch.library.register_fake("nce_ext::shared_loss_", _fake_shared_loss_)
-    torch.library.register_fake("nce_ext::shared_loss", _fake_shared_loss)
-    torch.library.register_fake("nce_ext::shared_row_grad", _fake_shared_row_grad)
-    torch.library.register_fake("nce_ext::row_grad", _fake_row_grad)
-    torch.library.register_fake("nce_ext::row_grad_dense", _fake_row_grad_dense)
-    torch.library.register_fake("nce_ext::scatter_sgd_", _fake_scatter_sgd_)
+    for _fake in _fakes.OF_OPERATORS:
+        torch.library.register_fake(f"nce_ext::{_fake.__name__}", _fake)
     torch.library.register_autograd("nce_ext::sampled_loss", _backward, setup_context=_setup_context)
     torch.library.register_autograd("nce_ext::shared_loss", _shared_backward, setup_context=_setup_shared_context)

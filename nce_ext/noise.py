@@ -11,9 +11,9 @@ from nce_ext._laws import LogUniform, Noise, Uniform, Unigram
 from nce_ext._laws import _unnormalised_law as _unnormalised_law
 from nce_ext._laws import check_seed as check_seed
 from nce_ext._laws import describe as describe
-from nce_ext._laws import draw_seed as draw_seed
 from nce_ext._laws import log1mexp as log1mexp
 from nce_ext._mixture import Mixture
+from nce_ext._ops import draw_seed as draw_seed
 from nce_ext._streaming import Streaming
 
 __all__ = ["LogUniform", "Mixture", "Noise", "Streaming", "Uniform", "Unigram"]

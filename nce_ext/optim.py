@@ -1,0 +1,318 @@
+"""torch's optimizers for gradients that touch a few rows: a step costs what those rows cost, however many there are.
+
+    loss_fn = nce_ext.NCELoss(D, V, noise, k, sparse=True)
+    optimizer = nce_ext.optim.AdamW([*model.parameters(), *loss_fn.parameters()], lr=1e-3)
+
+Constructors and defaults are torch's, and so is every step on a parameter whose gradient is dense. A parameter with
+sparse gradients (COO, as the losses of this package and ``nn.Embedding(sparse=True)`` make them) is stepped row by row:
+rows without a gradient, and their states, stay as they are to the last bit. What that means is each class's lazy rule;
+where every row is touched at every step it is the rule of torch.
+
+16-bit weights have float32 state here. ``rounding="stochastic"`` rounds the new weight up or down at random, so that
+its expected value is right and steps smaller than the distance between two numbers are not lost; "master" keeps the
+weight in float32 beside it; "nearest" is what torch does. ``generator`` is the source of the random bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from nce_ext._row_optimizer import BIAS_CORRECTIONS, RowOptimizer
+from nce_ext._row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, StepNumbers
+from nce_ext._row_step import SGD as SGD_RULE
+
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowwiseAdagrad"]
+
+
+class SGD(RowOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD``, with momentum, Nesterov's and weight decay for sparse gradients too.
+
+    The lazy rule, for a touched row w of gradient g::
+
+        g = g + weight_decay * w
+        buffer = g if first touch else momentum * buffer + (1 - dampening) * g
+        w -= lr * (g + momentum * buffer if nesterov else buffer)
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: torch's.
+        rounding, generator: of 16-bit weights, see :mod:`nce_ext.optim`.
+
+    Raises:
+        ValueError: a sparse gradient with ``differentiable=True``, or with more than one sparse dimension; a step that
+            raises has changed nothing.
+    """
+
+    _dense_optimizer = torch.optim.SGD
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._options_of_rows(rounding, generator)
+
+    def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
+        return ("momentum_buffer" if group["momentum"] else None), None
+
+    def _counts_touches(self, group: dict[str, Any]) -> bool:
+        return bool(group["momentum"])
+
+    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+        return StepNumbers(
+            SGD_RULE, int(state["step"]), float(group["lr"]), float(group["weight_decay"]), beta1=group["momentum"],
+            beta2=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+        )  # fmt: skip
+
+
+class Adagrad(RowOptimizer, torch.optim.Adagrad):
+    """``torch.optim.Adagrad``, with weight decay for sparse gradients too.
+
+    The lazy rule is torch's, for a touched row: ``g += weight_decay * w; sum += g * g; w -= lr / (1 + (step - 1) *
+    lr_decay) * g / (sqrt(sum) + eps)``, step counting all steps. Duchi et al., JMLR 2011.
+
+    Args:
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize, differentiable, fused:
+            torch's.
+        rounding, generator: of 16-bit weights, see :mod:`nce_ext.optim`.
+
+    Raises: as :class:`SGD`.
+    """
+
+    _dense_optimizer = torch.optim.Adagrad
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._options_of_rows(rounding, generator)
+
+    def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
+        return None, "sum"
+
+    def _initial(self, group: dict[str, Any]) -> float:
+        return group["initial_accumulator_value"]
+
+    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+        return adagrad_numbers(ADAGRAD, group, state)
+
+
+def adagrad_numbers(rule: int, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+    step = int(state["step"])
+    rate = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+    return StepNumbers(rule, step, rate, group["weight_decay"], eps=group["eps"], maximize=group["maximize"])
+
+
+class RowwiseAdagrad(RowOptimizer):
+    """Adagrad with one accumulator a row: a state of 4 bytes a row where Adam's takes 8 an element.
+
+    For every row that has a gradient, sparse or dense::
+
+        g = g + weight_decay * w
+        sum += (g * g).mean()
+        w -= lr / (1 + (step - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+    Rows are those of the first dimension; each element of a vector is a row, whose rule then is Adagrad's. It is the
+    usual choice for embedding tables too large for more (Mudigere et al., ISCA 2022; Lerer et al., MLSys 2019).
+
+    Args:
+        params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as ``torch.optim.Adagrad``'s.
+        rounding, generator: of 16-bit weights, see :mod:`nce_ext.optim`.
+
+    Raises:
+        ValueError: a learning rate, decay, accumulator or eps below 0; a gradient with more than one sparse dimension.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value,
+            eps=eps, maximize=maximize,
+        )  # fmt: skip
+        for name in ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
+            if not 0 <= defaults[name] < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {defaults[name]!r}")
+        super().__init__(params, defaults)
+        self._options_of_rows(rounding, generator)
+
+    def _steps_by_rows(self, p: torch.Tensor) -> bool:
+        return True
+
+    def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
+        return None, "sum"
+
+    def _shape(self, weight: torch.Tensor) -> tuple[int, ...]:
+        return tuple(weight.shape[:1])
+
+    def _initial(self, group: dict[str, Any]) -> float:
+        return group["initial_accumulator_value"]
+
+    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+        return adagrad_numbers(ROWWISE_ADAGRAD, group, state)
+
+
+class _LazyAdam(RowOptimizer):
+    """What Adam and AdamW share."""
+
+    def _options_of_adam(self, bias_correction: str, rounding: str, generator: torch.Generator | None) -> None:
+        if bias_correction not in BIAS_CORRECTIONS:
+            raise ValueError(f"bias_correction must be 'row' or 'global', got {bias_correction!r}")
+        self._options_of_rows(rounding, generator, bias_correction=bias_correction)
+
+    def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
+        return "exp_avg", "exp_avg_sq"
+
+    def _counts_touches(self, group: dict[str, Any]) -> bool:
+        return group["bias_correction"] == "row"
+
+    def _refusal(self, group: dict[str, Any]) -> str | None:
+        if group["amsgrad"]:
+            return "amsgrad must be False for sparse gradients, got True"
+        return super()._refusal(group)
+
+    def _decay(self, group: dict[str, Any]) -> float:
+        return float(group["lr"]) * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+
+    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        coupled = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
+        return StepNumbers(
+            ADAM, int(state["step"]), float(group["lr"]), coupled, state.get("log_decay", 0.0), beta1, beta2,
+            group["eps"], maximize=group["maximize"],
+        )  # fmt: skip
+
+
+class Adam(_LazyAdam, torch.optim.Adam):
+    """``torch.optim.Adam`` with lazy moments for sparse gradients.
+
+    The lazy rule, for a touched row w of gradient g::
+
+        g = g + weight_decay * w
+        m += (1 - beta1) * (g - m); v = beta2 * v + (1 - beta2) * g * g
+        w -= lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
+
+    with t the number of the row's own touches, which makes m and v unbiased averages of the gradients the row has had;
+    or, with ``bias_correction="global"``, that of all steps, as in ``torch.optim.SparseAdam``, whose first steps on rare
+    rows are then smaller by up to (1 - beta1) / sqrt(1 - beta2). Kingma and Ba, ICLR 2015.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: torch's; ``amsgrad`` and ``differentiable`` are refused for sparse gradients.
+        bias_correction: "row" or "global".
+        rounding, generator: of 16-bit weights, see :mod:`nce_ext.optim`.
+
+    Raises: as :class:`SGD`; ValueError: ``lr * weight_decay`` of 1 or more where the decay is decoupled.
+    """
+
+    _dense_optimizer = torch.optim.Adam
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        bias_correction: str = "row",
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize, capturable=capturable,
+            differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+        self._options_of_adam(bias_correction, rounding, generator)
+
+
+class AdamW(_LazyAdam, torch.optim.AdamW):
+    """``torch.optim.AdamW`` with lazy moments for sparse gradients, and a decay that is late but exact.
+
+    The lazy rule is :class:`Adam`'s without the coupled decay. A touched row is first multiplied by the product of
+    ``1 - lr * weight_decay`` over all steps since it was last touched; :meth:`catch_up` does that for all rows. Every
+    row is then decayed exactly as in torch. Loshchilov and Hutter, ICLR 2019.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: torch's;
+            ``amsgrad`` and ``differentiable`` are refused for sparse gradients.
+        bias_correction, rounding, generator: as :class:`Adam`'s.
+
+    Raises: as :class:`Adam`.
+    """
+
+    _dense_optimizer = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        bias_correction: str = "row",
+        rounding: str = "stochastic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._options_of_adam(bias_correction, rounding, generator)
