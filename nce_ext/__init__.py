@@ -6,7 +6,7 @@
 replaces ``nn.Linear(in_features, n_classes)`` followed by ``nn.CrossEntropyLoss()``.
 """
 
-from nce_ext import contrastive, density, evaluate, functional, noise, optim
+from nce_ext import contrastive, density, evaluate, functional, noise, optim, utils
 from nce_ext._library import __version__, build_info, set_debug
 from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
 from nce_ext.density import DensityNCELoss
@@ -29,4 +29,5 @@ __all__ = [
     "noise",
     "optim",
     "set_debug",
+    "utils",
 ]

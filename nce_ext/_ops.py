@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nce_ext import _fakes, _library, _row_step, reference
 from nce_ext._fakes import COALESCED, DENSE, PADDED, compute_dtype
-from nce_ext._row_step import RowState, StepNumbers
+from nce_ext._row_step import RowStep
 
 _registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]
 
@@ -37,6 +37,11 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
 def sampled_loss(*args: Any) -> Tensor:
     """Per-example loss [B] of the fused operator; arguments as in its schema."""
     return torch.ops.nce_ext.sampled_loss(*args)[0]
+
+
+def sampled_loss_parts(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [B], ids and dlogit [B, T + k], unscaled gradient of hidden; without autograd."""
+    return torch.ops.nce_ext.sampled_loss(*args)
 
 
 def shared_loss(*args: Any) -> Tensor:
@@ -78,20 +83,13 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
-def row_step_(
-    weight: Tensor,
-    classes: Tensor | None,
-    gradient: Tensor,
-    state: RowState,
-    numbers: StepNumbers,
-    gradient_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> None:
-    """One step of an optimizer on rows of weight [V, D] in place; classes ascending, each once."""
+def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
+    """A step on rows of a weight, or on all, by their gradient [U, D]; classes [U] ascending, each once."""
+    weight, state, numbers, seed = step
     if _library.fused_available(weight.device):
-        torch.ops.nce_ext.row_step_(weight, classes, gradient, *state, gradient_scale, seed, *numbers)
+        torch.ops.nce_ext.row_step_(weight, classes, gradient, *state, scale, seed, *numbers)
     else:
-        _row_step.row_step_(weight, classes, gradient, state, numbers, gradient_scale, seed)
+        _row_step.row_step_(weight, classes, gradient, state, numbers, scale, seed)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -137,6 +135,25 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             torch.library.impl(f"nce_ext::{name}", device, kernel)
 
 
+def row_grad_step_(
+    ids: Tensor, dlogit: Tensor, grad_loss: Tensor, hidden: Tensor, step: RowStep, scale: Tensor | None, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """A step on weight by the gradient of these pairs; the touched classes [U] and, with_bias, bias's gradient [U]."""
+    return torch.ops.nce_ext.row_grad_step_(
+        ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.numbers
+    )
+
+
+def row_grad_norm(*args: Any) -> Tensor:
+    """Squared norm, float64 [1], of the gradient that row_grad would make; arguments as in its schema."""
+    return torch.ops.nce_ext.row_grad_norm(*args)
+
+
+def scatter_step_(*args: Any) -> None:
+    """weight[id] -= rate * gradient for every pair, racy; arguments as in its schema."""
+    torch.ops.nce_ext.scatter_step_(*args)
+
+
 def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:
     """Loss [B] and unscaled gradient of hidden of the racy in-place step; arguments as in its schema."""
     return torch.ops.nce_ext.scatter_sgd_(*args)
@@ -148,7 +165,7 @@ def keep_coalesced(parameter: Tensor | None) -> None:
     autograd stores a sparse gradient without it, and an optimizer would then sort and sum all rows once more.
     """
     if parameter is not None and parameter.is_leaf and parameter.requires_grad and parameter not in _watched:
-        _watched[parameter] = parameter.register_post_accumulate_grad_hook(_flag_coalesced)
+        _watched[parameter] = parameter.register_post_accumulate_grad_hook(flag_coalesced)
 
 
 _watched = WeakTensorKeyDictionary()
@@ -175,7 +192,7 @@ def _made_here(classes: Tensor) -> bool:
     return True
 
 
-def _flag_coalesced(parameter: Tensor) -> None:
+def flag_coalesced(parameter: Tensor) -> None:
     """A gradient that was made here, or whose classes strictly ascend; on CUDA one would have to wait to see that."""
     grad = parameter.grad
     if grad is None or not grad.is_sparse or grad.is_coalesced():

@@ -5,36 +5,26 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nce_ext import _ops
 from nce_ext._memory import empty_table
-from nce_ext._row_step import SGD, RowState, StepNumbers
+from nce_ext._row_step import SGD, RowState, RowStep, StepNumbers
 
 ROUNDINGS = ("stochastic", "nearest", "master")
 BIAS_CORRECTIONS = ("row", "global")
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-class _Kept(NamedTuple):
-    """A tensor that torch's load_state_dict is to leave as it is."""
+@dataclass
+class _Kept:
+    """A tensor that torch's load_state_dict is to leave as it is: what is iterable it takes apart."""
 
     tensor: Tensor
-
-
-class Step(NamedTuple):
-    """A step that is about to be taken on the rows of one parameter."""
-
-    weight: Tensor  # [V, D], a view of the parameter
-    state: RowState
-    numbers: StepNumbers
-    seed: Tensor | None
-
-    def apply(self, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
-        _ops.row_step_(self.weight, classes, gradient, self.state, self.numbers, scale, self.seed)
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -48,8 +38,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _options_of_rows(self, rounding: str, generator: torch.Generator | None, **more: Any) -> None:
         """Complete the constructor: options that torch's optimizer does not know."""
-        if rounding not in ROUNDINGS:
-            raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {rounding!r}")
+        check_options({"rounding": rounding, **more})
         self._generator = generator
         self._row_defaults = {"rounding": rounding, **more}
         self.defaults.update(self._row_defaults)
@@ -58,6 +47,11 @@ class RowOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         # Or GradScaler would leave the scaling of gradients to a fused optimizer, which does it for dense ones alone.
         self._step_supports_amp_scaling = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            check_options(param_group)
+        super().add_param_group(param_group)
 
     # What a subclass says of its rule.
 
@@ -110,7 +104,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 p.grad = gradient
         for group, p in by_rows:
             classes, rows = rows_of(p.grad)
-            self._prepare(group, p).apply(classes, rows)
+            _ops.row_step_(self._prepare(group, p), classes, rows)
         return loss
 
     def _steps_by_rows(self, p: Tensor) -> bool:
@@ -119,7 +113,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def _step_dense(self) -> None:
         if self._dense_optimizer is not None:
             # torch wraps the step of a class once it has an instance, to call the hooks; they are to be called once.
-            inspect.unwrap(self._dense_optimizer.step)(self)
+            with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):  # unwrapped as well
+                inspect.unwrap(self._dense_optimizer.step)(self)
 
     def _check(self, group: dict[str, Any], p: Tensor) -> None:
         why = self._refusal(group)
@@ -132,10 +127,15 @@ class RowOptimizer(torch.optim.Optimizer):
             )
         if not p.is_floating_point():
             raise TypeError(f"parameter must be of a real floating-point type for sparse gradients, got {p.dtype}")
+        if p.numel() and p.dim() and not (p[0].is_contiguous() and (len(p) == 1 or p.stride(0) >= p[0].numel())):
+            raise ValueError(
+                f"parameter must have contiguous rows for sparse gradients, got strides {list(p.stride())} for shape "
+                f"{list(p.shape)}"
+            )
         if not self._decay(group) < 1:
             raise ValueError(f"lr * weight_decay must be below 1, got {self._decay(group)}")
 
-    def _prepare(self, group: dict[str, Any], p: Tensor) -> Step:
+    def _prepare(self, group: dict[str, Any], p: Tensor) -> RowStep:
         """Count the step, and make what it needs; from here on nothing can fail."""
         state = self.state[p]
         weight = table_of(p)
@@ -144,7 +144,7 @@ class RowOptimizer(torch.optim.Optimizer):
         decay = self._decay(group)
         if "decayed" in state and decay:
             state["log_decay"] += math.log1p(-decay)
-        return Step(
+        return RowStep(
             weight, self._row_state(group, state), self._numbers(group, state), self._seed(group, weight, state)
         )
 
@@ -155,13 +155,13 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _row_state(self, group: dict[str, Any], state: dict[str, Any]) -> RowState:
         first, second = (None if name is None else state[name] for name in self._tables(group))
-        rows = first.shape[0] if first is not None else second.shape[0] if second is not None else 0
-        first, second = (None if t is None else t.view(rows, -1) if t.dim() > 1 else t for t in (first, second))
         return RowState(first, second, state.get("row_step"), state.get("decayed"), state.get("master"))
 
     def _complete(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], weight: Tensor) -> None:
         """State of a parameter that is new to rows: fresh, or continued from torch's dense state."""
         compute = _ops.compute_dtype(p.dtype)
+        if not state.get("by_rows") and p.dtype in _NARROW and state.get("step") == 0:
+            state.clear()  # torch's Adagrad makes its sum at once, rounded
         continued = any(name is not None and state.get(name) is not None for name in self._tables(group))
         if not state.get("by_rows"):
             state["by_rows"] = True
@@ -191,6 +191,9 @@ class RowOptimizer(torch.optim.Optimizer):
         table = empty_table(shape[0], math.prod(shape[1:]), weight.device, dtype)
         return table.fill_(self._initial(group)).view(shape)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_generator": self._generator, "_row_defaults": self._row_defaults}
+
     @torch.no_grad()
     def catch_up(self) -> None:
         """Apply the decoupled decay that rows have missed since they were last touched.
@@ -207,7 +210,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 nothing = weight.new_zeros((1, weight.shape[1])).expand_as(weight)
                 only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
                 numbers = StepNumbers(SGD, 1, 0.0, log_decay=state["log_decay"])
-                Step(weight, only_decay, numbers, self._seed(group, weight, state)).apply(None, nothing)
+                step = RowStep(weight, only_decay, numbers, self._seed(group, weight, state))
+                _ops.row_step_(step, None, nothing)
 
     # Saving and loading.
 
@@ -248,19 +252,28 @@ class RowOptimizer(torch.optim.Optimizer):
         return value.to(p.device, value.dtype if exact else _ops.compute_dtype(p.dtype))
 
 
+def check_options(group: dict[str, Any]) -> None:
+    if group.get("rounding", "nearest") not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}")
+    if group.get("bias_correction", "row") not in BIAS_CORRECTIONS:
+        raise ValueError(f"bias_correction must be 'row' or 'global', got {group['bias_correction']!r}")
+
+
 def table_of(p: Tensor) -> Tensor:
     """A parameter as rows [V, D]: those of its first dimension."""
     if p.dim() < 2:
         return p.detach().view(-1, 1)
-    return p.detach() if p.dim() == 2 else p.detach().view(p.shape[0], -1)
+    return p.detach() if p.dim() == 2 else p.detach().view(p.shape[0], math.prod(p.shape[1:]))
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
     """Classes [U], or None for all, and rows [U, D] of a gradient."""
     if not gradient.is_sparse:
-        return None, table_of(gradient if gradient.dim() == 1 or gradient.stride(-1) == 1 else gradient.contiguous())
+        return None, table_of(gradient.contiguous())
+    if not gradient._values().is_contiguous():
+        gradient = torch.sparse_coo_tensor(
+            gradient._indices(), gradient._values().contiguous(), gradient.shape, check_invariants=False,
+            is_coalesced=gradient.is_coalesced(),
+        )  # fmt: skip
     gradient = _ops.coalesce(gradient)
-    values = gradient._values()
-    return gradient._indices()[0].contiguous(), values.reshape(values.shape[0], -1) if values.dim() > 1 else values[
-        :, None
-    ]
+    return gradient._indices()[0].contiguous(), table_of(gradient._values())

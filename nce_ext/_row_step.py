@@ -38,6 +38,15 @@ class RowState(NamedTuple):
     master: Tensor | None = None  # float32 [V, D]: the 16-bit weight in full
 
 
+class RowStep(NamedTuple):
+    """A step that is about to be taken on rows of one table."""
+
+    weight: Tensor  # [V, D], without autograd
+    state: RowState
+    numbers: StepNumbers
+    seed: Tensor | None = None  # int64 [2]: rounds a 16-bit weight at random
+
+
 def row_step_(
     weight: Tensor,
     classes: Tensor | None,

@@ -39,6 +39,9 @@ def sampled_loss(
         _hint_at_many_rows(call)
     given = (target, options["negatives"], noise, call.ignore_index, call.subtract_log_q, options["log_q"])
     weights = None if sample_weight is None else sample_weight.reshape(-1)
+    stepper = getattr(weight, "_nce_ext_stepper", None) if learns else None  # see _fused_step
+    if stepper is not None and (call.shared or not call.fused):
+        stepper.check_rows()
     if call.fused and call.shared:
         scale = None
         if reduction != "none" and (weights is None or not weights.requires_grad):
@@ -52,7 +55,8 @@ def sampled_loss(
             *call.operator_arguments(), *call.objective, learns and hidden.requires_grad, needs_row_grad,
             call.gradient_layout,
         )  # fmt: skip
-        losses = guarded(_ops.sampled_loss, arguments, given, check_first=hidden.device.type != "cpu")
+        operator = _ops.sampled_loss if stepper is None else stepper.sampled_loss
+        losses = guarded(operator, arguments, given, check_first=hidden.device.type != "cpu")
     else:
         losses = _reference_loss(call, given)
     if reduction == "none":

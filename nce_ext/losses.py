@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _call, _checks, functional
+from nce_ext._fused_step import FusedStep, fuse
 from nce_ext._memory import empty_table
 from nce_ext.noise import Noise, describe
 from nce_ext.reference import BINARY_OBJECTIVE, Objective
@@ -69,6 +70,7 @@ class _SampledLoss(nn.Module):
         self.shared, self.unique, self.candidate_reduction = shared, unique, candidate_reduction
         self.reduction, self.ignore_index, self.sparse, self.backend = reduction, ignore_index, sparse, backend
 
+        self._fused: FusedStep | None = None
         self.noise = noise if device is None else noise.to(device)
         self.weight = nn.Parameter(empty_table(n_classes, in_features, device, dtype))
         self.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype)) if bias else None
@@ -117,10 +119,82 @@ class _SampledLoss(nn.Module):
         """
         if log_z is None:
             log_z = self.log_z
-        return type(self)._function(
-            hidden, self.weight, target, self.noise, self.num_negatives, bias=self.bias, negatives=negatives,
-            log_q=log_q, sample_weight=sample_weight, seed=seed, generator=generator, **self._options(log_z),
+        function, options = type(self)._function, self._options(log_z)
+        options.update(
+            negatives=negatives, log_q=log_q, sample_weight=sample_weight, seed=seed, generator=generator
         )  # fmt: skip
+        if self._fused is not None and torch.is_grad_enabled():
+            return self._fused.loss(
+                function, hidden, self.weight, self.bias, target, self.noise, self.num_negatives, options
+            )
+        return function(hidden, self.weight, target, self.noise, self.num_negatives, bias=self.bias, **options)
+
+    def fuse_optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int = 1,
+        max_norm: float | None = None,
+        process_group: Any = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        hogwild: bool = False,
+    ) -> FusedStep:
+        """Step on weight and bias inside backward, so that the gradient of their rows never exists.
+
+        Equivalent to, but for rounding (the gradient of a 16-bit weight is not rounded on its way)::
+
+            loss.backward()                     # with sparse=True
+            if max_norm is not None:
+                nce_ext.utils.clip_grad_norm_([loss_fn.weight, loss_fn.bias], max_norm)
+            optimizer.step(); optimizer.zero_grad()     # for weight and bias alone
+
+        The pairs of id and derivative that the gradient is the sum of are sorted once, and every row's sum goes
+        straight into its step. ``optimizer.step()`` still steps on all other parameters. Every backward pass through
+        the loss is a step; several calls of the loss in one pass are one step.
+
+        ==========================  ==========================================================================
+        gradient accumulation       ``accumulate=n``: pairs and hidden vectors of n passes wait for one step
+        clipping                    ``max_norm``: of the norm of weight's and bias's gradient
+        several processes (DDP)     ``process_group``: pairs are gathered, their gradient averaged as by DDP, and all
+                                    copies take the same step; keep the loss outside the DDP module. Without it a loss
+                                    refuses to run where several processes train
+        mixed precision             ``grad_scaler``: the step is taken unscaled, or left out if not finite
+        tied weights                work: what other uses leave in ``weight.grad`` joins the step (rows are then formed)
+        shared negatives,           work, but their gradient rows exist for a moment; not with ``process_group``
+        reference backend
+        double backward, twice      raise before anything changes
+        through one graph
+        torch.compile               the loss runs outside the graph
+        ==========================  ==========================================================================
+
+        Args:
+            optimizer: one of ``nce_ext.optim``, that has weight and bias among its parameters.
+            accumulate: backward passes a step, >= 1. :meth:`FusedStep.step` takes the step early.
+            max_norm: > 0.
+            process_group: of ``torch.distributed``; ``dist.group.WORLD`` for all processes.
+            grad_scaler: the one that scales the loss.
+            hogwild: word2vec's racy way, for plain SGD on float32: pairs are added to their rows as they come, neither
+                sorted nor summed, without locks; what two threads add at the same time may be lost, and results differ
+                from run to run. Several processes may share the weight (``weight.share_memory_()``).
+
+        Returns:
+            A handle, whose ``step()`` takes the step on what has been accumulated so far.
+
+        Raises:
+            TypeError: an optimizer that is not of ``nce_ext.optim``; a number of the wrong type.
+            ValueError: an optimizer without these parameters; ``accumulate`` or ``max_norm`` out of range; ``hogwild``
+                with another rule than plain SGD, another type than float32, ``max_norm``, ``process_group`` or
+                ``grad_scaler``.
+        """
+        self._fused = fuse(
+            self.weight, self.bias, optimizer, accumulate=accumulate, max_norm=max_norm, process_group=process_group,
+            grad_scaler=grad_scaler, hogwild=hogwild,
+        )  # fmt: skip
+        return self._fused
+
+    def unfuse_optimizer(self) -> None:
+        """Undo :meth:`fuse_optimizer`: backward gives gradients again. What has been accumulated is dropped."""
+        self._fused = None
 
     def _options(self, log_z: float | Tensor) -> dict[str, Any]:
         """What this loss's function takes of the module's options."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nce_ext._row_optimizer import BIAS_CORRECTIONS, RowOptimizer
+from nce_ext._row_optimizer import RowOptimizer
 from nce_ext._row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, StepNumbers
 from nce_ext._row_step import SGD as SGD_RULE
 
@@ -199,8 +199,6 @@ class _LazyAdam(RowOptimizer):
     """What Adam and AdamW share."""
 
     def _options_of_adam(self, bias_correction: str, rounding: str, generator: torch.Generator | None) -> None:
-        if bias_correction not in BIAS_CORRECTIONS:
-            raise ValueError(f"bias_correction must be 'row' or 'global', got {bias_correction!r}")
         self._options_of_rows(rounding, generator, bias_correction=bias_correction)
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -236,8 +234,8 @@ class Adam(_LazyAdam, torch.optim.Adam):
         w -= lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
 
     with t the number of the row's own touches, which makes m and v unbiased averages of the gradients the row has had;
-    or, with ``bias_correction="global"``, that of all steps, as in ``torch.optim.SparseAdam``, whose first steps on rare
-    rows are then smaller by up to (1 - beta1) / sqrt(1 - beta2). Kingma and Ba, ICLR 2015.
+    or, with ``bias_correction="global"``, that of all steps, as in ``torch.optim.SparseAdam``: the first steps on a
+    rare row are then larger, by up to (1 - beta1) / sqrt(1 - beta2), 3.2 by default. Kingma and Ba, ICLR 2015.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,

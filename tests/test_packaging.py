@@ -287,7 +287,7 @@ FLOORS = [
     {"noise", "optim", "utils"},
     {"_checks"},
     {"_call", "density"},
-    {"_shared", "_pairwise", "_queue"},
+    {"_shared", "_pairwise", "_queue", "_fused_step"},
     {"_sampled"},
     {"functional"},
     {"losses", "contrastive"},

@@ -1,0 +1,352 @@
+"""Optimizer steps inside backward: the gradient of the touched rows is applied as it is summed, and never exists.
+
+A loss is given a stand-in for its weight. Where the kernels compute the loss per example, the pairs (id, derivative)
+that backward would sum are kept until backward ends, then sorted, summed and applied in one operator. Shared negatives
+and the reference backend, which make gradient rows in any case, leave them with the stand-in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nce_ext import _ops
+from nce_ext._row_optimizer import RowOptimizer, rows_of
+from nce_ext.optim import SGD
+
+TWICE = (
+    "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "
+    "(retain_graph=True); loss_fn.unfuse_optimizer() brings gradients back"
+)
+
+
+class _Pairs(NamedTuple):
+    """What the gradient of weight and bias is the sum of, as row_grad takes it."""
+
+    ids: Tensor  # int32 [B, C], -1: none
+    dlogit: Tensor  # [B, C]
+    grad_loss: Tensor  # [B]
+    hidden: Tensor  # [B, D]
+
+
+class _Loss(torch.autograd.Function):
+    """The operator sampled_loss, whose backward hands its pairs to a stepper."""
+
+    @staticmethod
+    def forward(ctx, hidden, log_z, anchor, arguments, stepper):
+        loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*arguments)
+        ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
+        ctx.stepper, ctx.done = stepper, False
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
+        if ctx.done:
+            raise RuntimeError(TWICE)
+        ctx.done = True
+        ctx.stepper.add(_Pairs(ids, dlogit, grad_loss, hidden.detach()))
+        needs_hidden, needs_log_z = ctx.needs_input_grad[:2]
+        return (
+            (grad_hidden * grad_loss[:, None]).to(hidden.dtype) if needs_hidden else None,
+            -dlogit.sum(1) * grad_loss if needs_log_z else None,
+            None, None, None,
+        )  # fmt: skip
+
+
+class FusedStep:
+    """What ``loss_fn.fuse_optimizer`` returns; see there.
+
+    A backward pass ends with one step on all it brought: several calls of the loss are merged, and so is what other
+    uses of the same parameters have left in their ``.grad``, which is then None again.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        optimizer: RowOptimizer,
+        *,
+        accumulate: int,
+        max_norm: float | None,
+        process_group: Any,
+        grad_scaler: Any,
+        hogwild: bool,
+    ) -> None:
+        self.optimizer, self.accumulate, self.max_norm = optimizer, accumulate, max_norm
+        self.process_group, self.grad_scaler, self.hogwild = process_group, grad_scaler, hogwild
+        self._parameters = [p for p in (weight, bias) if p is not None]
+        self._task: int | None = None  # the backward pass that is under way
+        self._arriving: list[_Pairs] = []
+        self._rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
+        self._waiting: list[_Pairs] = []  # of passes that are over
+        self._passes = 0
+
+    @torch.compiler.disable  # what happens at the end of backward cannot be traced
+    def loss(
+        self,
+        function: Callable[..., Tensor],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        noise: Any,
+        num_negatives: int,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The loss on stand-ins for weight and bias."""
+        self._check(weight, bias)
+        weight, bias = self._stand_ins()
+        return function(hidden, weight, target, noise, num_negatives, bias=bias, **{**options, "sparse": True})
+
+    def _check(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Whatever could stop a step stops the forward pass."""
+        given = [p for p in (weight, bias) if p is not None]
+        if len(given) != len(self._parameters) or any(p is not q for p, q in zip(given, self._parameters, strict=True)):
+            raise RuntimeError("weight and bias were replaced after fuse_optimizer; call it again")
+        for p in self._parameters:
+            self.optimizer._check(self._group(p), p)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and self.process_group is None:
+            raise RuntimeError(
+                f"process_group must be given to fuse_optimizer where {dist.get_world_size()} processes train, or "
+                "their copies of the weights would part; got None (dist.group.WORLD merges the steps of all)"
+            )
+
+    def _group(self, p: Tensor) -> dict[str, Any]:
+        return next(group for group in self.optimizer.param_groups if any(q is p for q in group["params"]))
+
+    def _stand_ins(self) -> tuple[Tensor, Tensor | None]:
+        stand_ins = []
+        for p in self._parameters:
+            stand_in = p.detach().requires_grad_()
+            stand_in._nce_ext_stepper = self  # type: ignore[attr-defined]
+            stand_in.register_post_accumulate_grad_hook(self._take_rows(p))
+            stand_ins.append(stand_in)
+        return stand_ins[0], stand_ins[1] if len(stand_ins) == 2 else None
+
+    def _take_rows(self, p: nn.Parameter) -> Callable[[Tensor], None]:
+        done = False
+
+        def take(stand_in: Tensor) -> None:
+            nonlocal done
+            if stand_in.grad is None:  # pairs have come instead
+                return
+            if torch.is_grad_enabled():
+                raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
+            if done:
+                raise RuntimeError(TWICE)
+            done = True
+            self._begin()
+            _ops.flag_coalesced(stand_in)
+            self._rows.append((p, stand_in.grad))
+            stand_in.grad = None
+
+        return take
+
+    def check_rows(self) -> None:
+        """Refuse what leaves gradient rows, where only pairs can be merged."""
+        if self.process_group is not None:
+            raise RuntimeError(
+                "process_group must be None in fuse_optimizer with shared negatives or the reference backend, whose "
+                "gradient rows are not exchanged"
+            )
+
+    def sampled_loss(self, *arguments: Any) -> Tensor:
+        """The operator's loss [B], arguments as its own."""
+        hidden, weight, log_z = arguments[0], arguments[1], arguments[4]
+        plain = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
+        plain[-3:-1] = [hidden.requires_grad, True]  # the gradients of hidden and of the rows
+        anchor = weight  # so that the loss has a graph even if hidden has none
+        return _Loss.apply(hidden, log_z, anchor, plain, self)
+
+    # During backward.
+
+    def _begin(self) -> None:
+        """Once a backward pass: have it end with a step. What a pass that failed has left behind is dropped."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task, self._arriving, self._rows = task, [], []
+        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def add(self, pairs: _Pairs) -> None:
+        self._begin()
+        self._arriving.append(pairs)
+
+    def _end(self) -> None:
+        self._task = None
+        self._waiting += self._arriving
+        for p, rows in self._rows:
+            p.grad = rows if p.grad is None else p.grad + rows
+        self._arriving, self._rows = [], []
+        self._passes += 1
+        if self._passes >= self.accumulate:
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the step on what has been accumulated, such as a last group that is not full. Nothing: no step."""
+        pairs, self._waiting, self._passes = self._waiting, [], 0
+        if self.process_group is not None:
+            pairs = self._gather(pairs)
+        gradients = [p.grad for p in self._parameters]
+        if not pairs and all(gradient is None for gradient in gradients):
+            return
+        if self.hogwild and all(gradient is None for gradient in gradients):
+            self._scatter(pairs)
+            return
+        merged = _merge(pairs) if pairs else None
+        if merged is not None and any(gradient is not None for gradient in gradients):
+            self._give_gradients(merged)
+            merged = None
+        for p in self._parameters:
+            self.optimizer._check(self._group(p), p)
+        norm = None
+        if self.max_norm is not None or self.grad_scaler is not None:
+            norm = self._factor() * self._norm(merged)
+        if self.grad_scaler is None or norm is None or bool(torch.isfinite(norm)):
+            self._apply(merged, self._scale(norm))
+        for p in self._parameters:
+            p.grad = None
+
+    def _apply(self, merged: _Pairs | None, scale: Tensor | None) -> None:
+        steps = {p: self.optimizer._prepare(self._group(p), p) for p in self._parameters}
+        if merged is None:
+            for p, step in steps.items():
+                if p.grad is not None:
+                    _ops.row_step_(step, *rows_of(p.grad), scale)
+            return
+        weight, *bias = steps.values()
+        classes, elements = _ops.row_grad_step_(*merged, weight, scale, bool(bias))
+        for step in bias:
+            _ops.row_step_(step, classes, elements[:, None], scale)
+
+    def _scatter(self, pairs: list[_Pairs]) -> None:
+        weight, *bias = self._parameters
+        rate = float(self._group(weight)["lr"])
+        for each in pairs:
+            _ops.scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
+
+    def _give_gradients(self, merged: _Pairs) -> None:
+        """Form the gradient after all, to join what is there already."""
+        weight, *bias = self._parameters
+        classes, rows, elements = _ops.row_grad(*merged, weight.shape[0], weight.dtype, True, bool(bias), False)
+        for p, values in zip(self._parameters, (rows, elements), strict=False):
+            own = torch.sparse_coo_tensor(classes[None], values, p.shape, is_coalesced=True, check_invariants=False)
+            p.grad = own if p.grad is None else p.grad + own
+
+    def _factor(self) -> float:
+        """Of all gradients, but for clipping."""
+        size = 1 if self.process_group is None else dist.get_world_size(self.process_group)
+        return 1 / size if self.grad_scaler is None else 1 / (size * self.grad_scaler.get_scale())
+
+    def _scale(self, norm: Tensor | None) -> Tensor | None:
+        """What the kernels multiply all gradients by; None: by nothing."""
+        weight, factor = self._parameters[0], self._factor()
+        compute = _ops.compute_dtype(weight.dtype)
+        if norm is not None and self.max_norm is not None:
+            return (factor * (self.max_norm / (norm + 1e-6)).clamp(max=1)).to(compute)
+        return None if factor == 1 else torch.full((1,), factor, dtype=compute, device=weight.device)
+
+    def _norm(self, merged: _Pairs | None) -> Tensor:
+        if merged is not None:
+            weight, *bias = self._parameters
+            return _ops.row_grad_norm(*merged, weight.shape[0], True, bool(bias)).sqrt()
+        rows = [rows_of(p.grad)[1].double() for p in self._parameters if p.grad is not None]
+        return torch.stack([values.norm() for values in rows]).norm().reshape(1)
+
+    def _gather(self, pairs: list[_Pairs]) -> list[_Pairs]:
+        """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
+        weight = self._parameters[0]
+        n = torch.tensor([sum(len(each.ids) for each in pairs), pairs[0].ids.shape[1] if pairs else 0])
+        size = dist.get_world_size(self.process_group)
+        counts = [torch.empty_like(n.to(weight.device)) for _ in range(size)]
+        dist.all_gather(counts, n.to(weight.device), group=self.process_group)
+        rows, columns = ([int(count[i]) for count in counts] for i in (0, 1))
+        if any(p.grad is not None for p in self._parameters):
+            raise RuntimeError("process_group cannot merge gradients that other uses of the weight have left in .grad")
+        if len({c for c in columns if c}) > 1:
+            raise RuntimeError(
+                f"target must have as many positives, and k must be the same, on all ranks, got {columns}"
+            )
+        if not any(rows):
+            return []
+        hidden_dtype = pairs[0].hidden.dtype if pairs else torch.float32
+        mine = _merge(pairs) if pairs else _empty(max(columns), weight, hidden_dtype)
+        parts = []
+        for t in mine:
+            padded = t.new_zeros((max(rows), *t.shape[1:]))
+            padded[: len(t)] = t
+            everyone = [torch.empty_like(padded) for _ in range(size)]
+            dist.all_gather(everyone, padded, group=self.process_group)
+            parts.append([each[:count] for each, count in zip(everyone, rows, strict=True)])
+        return [_Pairs(*each) for each in zip(*parts, strict=True)]
+
+
+def _merge(pairs: list[_Pairs]) -> _Pairs:
+    if len(pairs) == 1:
+        return pairs[0]
+    columns = sorted({each.ids.shape[1] for each in pairs})
+    if len(columns) > 1:
+        raise RuntimeError(
+            f"target must have as many positives, and k must be the same, in one step, got T + k = {columns}"
+        )
+    return _Pairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+
+
+def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> _Pairs:
+    compute = _ops.compute_dtype(weight.dtype)
+    return _Pairs(
+        torch.empty((0, columns), dtype=torch.int32, device=weight.device),
+        torch.empty((0, columns), dtype=compute, device=weight.device),
+        torch.empty(0, dtype=compute, device=weight.device),
+        torch.empty((0, weight.shape[1]), dtype=hidden_dtype, device=weight.device),
+    )
+
+
+def fuse(weight: nn.Parameter, bias: nn.Parameter | None, optimizer: Any, **options: Any) -> FusedStep:
+    """Refuse what cannot be fused, else the handle; see ``fuse_optimizer``."""
+    if not isinstance(optimizer, RowOptimizer):
+        raise TypeError(
+            f"optimizer must be one of nce_ext.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}"
+        )
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is None:
+            continue
+        if not any(p is q for group in optimizer.param_groups for q in group["params"]):
+            raise ValueError(f"optimizer must have the loss's {name} among its parameters")
+        if not p.requires_grad:
+            raise ValueError(f"{name} must require a gradient to be stepped on")
+    accumulate, max_norm, hogwild = options["accumulate"], options["max_norm"], options["hogwild"]
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise TypeError(f"accumulate must be an int, got {accumulate!r}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be >= 1, got {accumulate}")
+    if max_norm is not None and not 0 < max_norm < math.inf:
+        raise ValueError(f"max_norm must be positive and finite, got {max_norm!r}")
+    if hogwild:
+        _check_hogwild(weight, bias, optimizer, options)
+    return FusedStep(weight, bias, optimizer, **options)
+
+
+def _check_hogwild(weight: Tensor, bias: Tensor | None, optimizer: RowOptimizer, options: dict[str, Any]) -> None:
+    if not isinstance(optimizer, SGD):
+        raise ValueError(f"optimizer must be SGD with hogwild=True, got {type(optimizer).__name__}")
+    for group in optimizer.param_groups:
+        if any(p is weight or p is bias for p in group["params"]):
+            for name in ("momentum", "weight_decay", "maximize"):
+                if group[name]:
+                    raise ValueError(f"{name} must be 0 or False with hogwild=True, got {group[name]!r}")
+    if weight.dtype != torch.float32:
+        raise ValueError(f"weight must be float32 with hogwild=True, got {weight.dtype}")
+    for name in ("max_norm", "process_group", "grad_scaler"):
+        if options[name] is not None:
+            raise ValueError(f"{name} must be None with hogwild=True, got {options[name]!r}")
