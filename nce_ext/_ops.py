@@ -71,7 +71,7 @@ def coalesce(gradient: Tensor) -> Tensor:
     if not _library.fused_available(gradient.device) or n == 0 or values[0].numel() == 0 or size[0] >= 2**31:
         return gradient.coalesce()
     one = values.new_ones((1,), dtype=compute_dtype(values.dtype)).expand(n)
-    rows = values.reshape(n, -1)
+    rows = values.reshape(n, -1).contiguous()
     classes, rows, _ = row_grad(
         classes.int()[:, None], one[:, None].contiguous(), one, rows, size[0], values.dtype, True, False, False
     )
