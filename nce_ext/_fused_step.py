@@ -265,17 +265,20 @@ class FusedStep:
 
     def _gather(self, pairs: list[_Pairs]) -> list[_Pairs]:
         """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
-        weight = self._parameters[0]
-        n = torch.tensor([sum(len(each.ids) for each in pairs), pairs[0].ids.shape[1] if pairs else 0])
-        size = dist.get_world_size(self.process_group)
-        counts = [torch.empty_like(n.to(weight.device)) for _ in range(size)]
-        dist.all_gather(counts, n.to(weight.device), group=self.process_group)
-        rows, columns = ([int(count[i]) for count in counts] for i in (0, 1))
-        if any(p.grad is not None for p in self._parameters):
-            raise RuntimeError("process_group cannot merge gradients that other uses of the weight have left in .grad")
+        weight, size = self._parameters[0], dist.get_world_size(self.process_group)
+        tied = any(p.grad is not None for p in self._parameters)
+        n_rows, n_columns = sum(len(each.ids) for each in pairs), pairs[0].ids.shape[1] if pairs else 0
+        own = torch.tensor([n_rows, n_columns, tied], device=weight.device)
+        counts = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(counts, own, group=self.process_group)
+        rows, columns, has_gradients = zip(*(count.tolist() for count in counts), strict=True)
+        if any(has_gradients):  # known to all, so that no rank is left waiting
+            raise RuntimeError(
+                "process_group must be None in fuse_optimizer with tied weights: gradients of other uses are not exchanged"
+            )
         if len({c for c in columns if c}) > 1:
             raise RuntimeError(
-                f"target must have as many positives, and k must be the same, on all ranks, got {columns}"
+                f"target must have as many positives, and k must be the same, on all ranks, got T + k = {columns}"
             )
         if not any(rows):
             return []

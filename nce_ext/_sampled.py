@@ -129,7 +129,7 @@ def _prepare_gradient(call: _call.Call) -> None:
             "dense gradient",
             f"weight.grad will be dense: {size / 2**20:.0f} MiB for {weight.shape[0]} rows of {weight.shape[1]} are "
             "written on every step. sparse=True makes the step independent of the number of rows "
-            "(with torch.optim.SGD, Adagrad or SparseAdam).",
+            "(with the optimizers of nce_ext.optim).",
         )
 
 

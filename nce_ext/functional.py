@@ -82,7 +82,7 @@ def nce_loss(
         ignore_index: the target value that means no target.
         sparse: False gives dense gradients, which every optimizer takes, at O(V D) memory and time a step. True gives
             coalesced COO gradients of weight and bias and a step that does not depend on V; for
-            ``torch.optim.SGD``, ``Adagrad`` and ``SparseAdam``. "padded" gives COO gradients of always
+            the optimizers of ``nce_ext.optim``. "padded" gives COO gradients of always
             min(B (k + T), V) rows, the spare ones zero, at class 0: on CUDA the host then never waits for the number of
             touched rows. With shared negatives it has min(B T, V) + k rows, of classes that may repeat. True turns into
             it while a CUDA graph is captured.
