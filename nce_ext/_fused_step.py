@@ -274,7 +274,7 @@ class FusedStep:
         rows, columns, has_gradients = zip(*(count.tolist() for count in counts), strict=True)
         if any(has_gradients):  # known to all, so that no rank is left waiting
             raise RuntimeError(
-                "process_group must be None in fuse_optimizer with tied weights: gradients of other uses are not exchanged"
+                "process_group must be None in fuse_optimizer with tied weights: other gradients are not exchanged"
             )
         if len({c for c in columns if c}) > 1:
             raise RuntimeError(
