@@ -6,6 +6,9 @@
 replaces ``nn.Linear(in_features, n_classes)`` followed by ``nn.CrossEntropyLoss()``.
 """
 
+import importlib
+from typing import Any
+
 from nce_ext import contrastive, density, evaluate, functional, noise, optim, utils
 from nce_ext._library import __version__, build_info, set_debug
 from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
@@ -24,6 +27,7 @@ __all__ = [
     "build_info",
     "contrastive",
     "density",
+    "distributed",
     "evaluate",
     "functional",
     "noise",
@@ -31,3 +35,9 @@ __all__ = [
     "set_debug",
     "utils",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distributed":  # on first use: torch.distributed takes seconds to import
+        return importlib.import_module("nce_ext.distributed")
+    raise AttributeError(f"module 'nce_ext' has no attribute {name!r}")

@@ -112,6 +112,14 @@ def test_module_prints_what_is_there():
         assert word in done.stdout
 
 
+def test_import_is_light():
+    """What takes seconds to import is imported by those who use it."""
+    heavy = ("torch._dynamo", "torch.distributed.tensor", "nce_ext.distributed")
+    done = python(f"import sys, torch, nce_ext; print([name for name in {heavy} if name in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert nce_ext.distributed.shard.__doc__
+
+
 def test_build_info():
     info = nce_ext.build_info()
     assert info["version"] == nce_ext.__version__
@@ -292,6 +300,11 @@ FLOORS = [
     {"functional"},
     {"losses", "contrastive"},
     {"_diagnose"},
+    {"_collectives"},
+    {"_sharded_objective"},
+    {"_sharded_batch"},
+    {"_sharded_scores"},
+    {"_sharded", "_gathered", "_ddp"},
     {"evaluate", "distributed"},
     {"__init__"},
     {"__main__"},
@@ -334,6 +347,7 @@ def test_only_ops_and_library_touch_the_operators():
 def test_public_names_exist_and_are_documented():
     for module in (
         nce_ext, nce_ext.noise, nce_ext.functional, nce_ext.evaluate, nce_ext.contrastive, nce_ext.density,
+        nce_ext.optim, nce_ext.utils, nce_ext.distributed,
     ):  # fmt: skip
         for name in module.__all__:
             thing = getattr(module, name)
