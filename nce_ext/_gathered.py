@@ -1,0 +1,325 @@
+"""Contrastive losses whose negatives are the keys of every rank, with the values and gradients of one process."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nce_ext import _library, _pairwise, contrastive
+from nce_ext._collectives import Collectives
+from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext.noise import describe
+
+__all__ = ["GatheredLoss", "gather", "gather_rows"]
+
+
+def gather(
+    loss_fn: InfoNCELoss | SigmoidContrastiveLoss, group: dist.ProcessGroup | None = None, *, ddp: bool = False
+) -> GatheredLoss:
+    """``loss_fn`` over the batches of all ranks: see :class:`GatheredLoss`, which this constructs."""
+    return GatheredLoss(loss_fn, group, ddp=ddp)
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The rows of every rank behind each other, in the order of ranks, without gradient: [n, ...] to [sum of n, ...].
+
+    For what each rank has to hold alike, such as a memory of past keys: ``memory.enqueue(gather_rows(key))``.
+
+    Raises:
+        ValueError: a scalar; ranks whose rows differ in shape or dtype, on all of them.
+        RuntimeError: another rank refused, or is missing.
+    """
+    collectives = Collectives(group)
+    with collectives.step():
+        if not isinstance(rows, Tensor) or rows.dim() < 1:
+            raise ValueError(f"rows must be a tensor [n, ...], got {describe(rows)}")
+        row: dict[str, Any] = {"the shape of a row": tuple(rows.shape[1:]), **_types(rows=rows)}
+        sizes = collectives.sizes(rows.shape[0], **row)
+        return collectives.all_gather(rows.detach(), sizes)
+
+
+class GatheredLoss(nn.Module):
+    """A contrastive loss of the batch that the ranks hold together, each a part of it.
+
+    Equivalent to the same call of ``loss_fn`` in one process, with the ranks' ``query``, ``key``, ``ids``, ``log_q``
+    and ``query_log_q`` concatenated in the order of ranks: so is the value, on every rank, and so are the gradients of
+    query and key (each rank those of its own) and of the loss's parameters (every rank the whole). Parts may be uneven
+    or empty. A rank computes the losses of its own rows alone, against the columns of all: of B rows on R ranks it
+    holds ``max_logits`` of its [B / R, B] logits at a time. It sends O(B D): its vectors once, in their own dtype, and
+    once the gradients of the others'.
+
+    For the reductions "mean" and "sum" all of that happens in forward, so backward neither waits for a rank nor fails
+    by one; every rank must start it with the same number (1, or that of a GradScaler). The mean is over the rows of all
+    ranks. With "none" each rank gets the losses of its rows, and backward communicates: every rank has to call it.
+
+    **Data parallel training.** DistributedDataParallel averages the gradients of an encoder over the ranks, where one
+    process adds up those of all rows. With ``ddp=True`` the gradients of query and key are multiplied by the number of
+    ranks, so that the average is the gradient of one process. (The value is not, nor are the gradients that every rank
+    has in full: those of the loss's own parameters, which may be inside the wrapped module or outside, and of
+    ``negatives``.) ::
+
+        loss_fn = nce_ext.distributed.gather(nce_ext.InfoNCELoss(learn_temperature=True, symmetric=True), ddp=True)
+        loss = loss_fn(image_encoder(images), text_encoder(texts))        # encoders wrapped in DDP
+        loss.backward()
+
+    Without ``ddp`` it is the sum over ranks that is the gradient of one process.
+
+    **Explicit negatives** are not gathered, being columns of every row of one process: each rank passes the same ones,
+    which is checked on the CPU (on CUDA under :func:`nce_ext.set_debug`). A memory of past keys is the same on all
+    ranks with ``memory.enqueue(gather_rows(key))``, ids and log q likewise.
+
+    Args:
+        loss_fn: an InfoNCELoss with ``in_batch=True`` or a SigmoidContrastiveLoss; a submodule, whose options and
+            parameters remain its own. Parameters must start equal on all ranks.
+        group: the ranks; None: the default group. A GPU's tensors need a backend of theirs, and there must be Gloo.
+        ddp: multiply the gradients of query and key by the number of ranks.
+
+    Raises:
+        TypeError: another loss.
+        ValueError: a loss without ``in_batch``, to whose rows other ranks' keys are nothing.
+        RuntimeError: torch.distributed is not initialized.
+    """
+
+    def __init__(
+        self,
+        loss_fn: InfoNCELoss | SigmoidContrastiveLoss,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ddp: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss_fn, (InfoNCELoss, SigmoidContrastiveLoss)):
+            raise TypeError(f"loss_fn must be an InfoNCELoss or a SigmoidContrastiveLoss, got {describe(loss_fn)}")
+        if isinstance(loss_fn, InfoNCELoss) and not loss_fn.in_batch:
+            raise ValueError("loss_fn must have in_batch=True, for other ranks' keys to be its columns, got False")
+        if not isinstance(ddp, bool):
+            raise TypeError(f"ddp must be True or False, got {describe(ddp)}")
+        self.loss_fn = loss_fn
+        self.ddp = ddp
+        self.collectives = Collectives(group)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        log_q: Tensor | None = None,
+        negative_log_q: Tensor | None = None,
+        query_log_q: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of this rank's ``query`` [n, D] and ``key`` [n, D] among those of all ranks.
+
+        Args: those of the wrapped loss for this rank's n rows, except ``negatives`` and what belongs to them, which are
+            the same on all ranks. There is no ``target``: a rank does not know the labels of other ranks' keys.
+
+        Returns:
+            As the wrapped loss; the losses of this rank's rows, [n], for ``reduction="none"``.
+
+        Raises:
+            TypeError, ValueError: as the wrapped loss, on the rank that passed it; the others raise a RuntimeError that
+                names it, and all can go on. The same ValueError on every rank for what must be the same and is not: D,
+                dtypes, the optional arguments, what requires a gradient, ``negatives``, the loss's options.
+            RuntimeError: a rank is missing, or failed later on; see the message. No gradient has changed.
+        """
+        c, data = self.collectives, _pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
+        with c.step():
+            directions, options = self._local(query, key, negatives, data, query_log_q)
+            sizes = c.sizes(query.shape[0], **self._common(query, key, negatives, data, query_log_q))
+            others = _Others(c, sizes)
+            # In each direction the columns are one tower's vectors, with the log q of that tower.
+            towers = (key, query)[: len(directions)]
+            columns = [self._columns(others, t, own) for t, (*_, own) in zip(towers, directions, strict=True)]
+            own_query, own_key, own_negatives, _ = directions[0]
+            scale, bias = self._scalars(own_query)
+            call = _Call(others, columns, options, c.size if self.ddp else 1)
+            losses = _Gathered.apply(own_query, own_key, own_negatives, scale, bias, call)
+        return losses / max(sum(sizes), 1) if self.loss_fn.reduction == "mean" else losses
+
+    def extra_repr(self) -> str:
+        return f"rank={self.collectives.rank}, size={self.collectives.size}, ddp={self.ddp}"
+
+    def _local(
+        self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]], _pairwise.Options]:
+        """What the wrapped loss makes of this rank's own arguments, refusals included."""
+        loss_fn = self.loss_fn
+        total, learns = loss_fn.reduction != "none", torch.is_grad_enabled()
+        if isinstance(loss_fn, InfoNCELoss):
+            return loss_fn._directions(query, key, negatives, data, query_log_q), loss_fn._options(total)
+        for name, value in (("log_q", data.log_q), ("query_log_q", query_log_q)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a SigmoidContrastiveLoss, got {describe(value)}")
+        _pairwise.check(query, key, negatives, data, True)
+        prepared = contrastive._prepared(loss_fn.normalize, query, key, negatives)
+        return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, learns, loss_fn.max_logits)
+
+    def _scalars(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        loss_fn = self.loss_fn
+        if isinstance(loss_fn, InfoNCELoss):
+            return contrastive._scale(loss_fn._scale, loss_fn.logit_scale, like, loss_fn.max_scale), None
+        learned = loss_fn.logit_bias
+        bias = like.new_full((), loss_fn._bias) if learned is None else learned.to(like.dtype)
+        return contrastive._scale(loss_fn._scale, loss_fn.logit_scale, like, None), bias
+
+    def _common(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        data: _pairwise.Data,
+        query_log_q: Tensor | None,
+    ) -> dict[str, int | str | tuple[int, ...]]:
+        """What has to be the same on all ranks, by the names that a refusal gives it."""
+        given = {"query": query, "key": key, "negatives": negatives, "query_log_q": query_log_q, **data._asdict()}
+        tensors = {name: value for name, value in given.items() if value is not None}
+        learns = [name for name, value in (*tensors.items(), *self.loss_fn.named_parameters()) if value.requires_grad]
+        common: dict[str, int | str | tuple[int, ...]] = {
+            "D": query.shape[1],
+            **_types(query=query, key=key),
+            "the set of arguments": ", ".join(tensors),
+            "what requires a gradient": ", ".join(learns if torch.is_grad_enabled() else []),
+        }
+        if negatives is not None:
+            common["the shape of negatives"] = tuple(negatives.shape)
+            common.update(_types(negatives=negatives))
+        if query.device.type == "cpu" or _library.debug_enabled():
+            common["loss_fn"] = f"{type(self.loss_fn).__name__}({self.loss_fn.extra_repr()})"
+            for name in ("negatives", "negative_ids", "negative_mask", "negative_log_q"):
+                if name in tensors:
+                    common[f"the checksum of {name}"] = _checksum(tensors[name])
+        return common
+
+    @torch.no_grad()
+    def _columns(self, others: _Others, vectors: Tensor, own: _pairwise.Data) -> _Columns:
+        """The other ranks' vectors and their data, for the same of this rank: as explicit negatives, before those."""
+        vectors = others.of(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
+        if self.loss_fn.normalize:
+            vectors = contrastive._unit_rows(vectors)
+        ids = None if own.ids is None else own.ids.long()
+        log_q = None if own.log_q is None else own.log_q.to(vectors.dtype)
+        # Without negative_ids there are fewer of these than columns, and no explicit negative is masked by its id.
+        column_ids = None if ids is None else _joined(others.of(ids), own.negative_ids)
+        column_log_q = None if log_q is None else _joined(others.of(log_q), own.negative_log_q)
+        return _Columns(vectors, _pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
+
+
+class _Others:
+    """The rows of the other ranks, and the way back."""
+
+    def __init__(self, collectives: Collectives, sizes: list[int]) -> None:
+        self.collectives, self.sizes = collectives, sizes
+        self.start = sum(sizes[: collectives.rank])
+
+    def of(self, own: Tensor) -> Tensor:
+        whole = self.collectives.all_gather(own, self.sizes)
+        return torch.cat([whole[: self.start], whole[self.start + own.shape[0] :]])
+
+    def returned(self, own: Tensor, others: Tensor) -> Tensor:
+        """What all ranks have for this rank's rows, of what each has for its own and for those of the others."""
+        return self.collectives.reduce_scatter(torch.cat([others[: self.start], own, others[self.start :]]), self.sizes)
+
+
+class _Columns(NamedTuple):
+    """What the rows of one direction are told apart from, beside this rank's own vectors."""
+
+    others: Tensor
+    data: _pairwise.Data
+
+
+class _Call(NamedTuple):
+    others: _Others
+    columns: list[_Columns]  # of query against keys and, if symmetric, of key against queries
+    options: _pairwise.Options
+    factor: int  # of the gradients of query and key
+
+
+class _Gathered(torch.autograd.Function):
+    """The sum of all ranks' losses, or [n]; as in _pairwise.Pairwise, a sum has its gradients made in forward."""
+
+    @staticmethod
+    def forward(ctx, query, key, negatives, scale, bias, call):  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        operands, total = (query, key, negatives, scale, bias), call.options.total
+        needs = tuple(ctx.needs_input_grad[:5]) if call.options.learns and total else (False,) * 5
+        losses, gradients = _swept(operands, call, needs, torch.ones_like(query[:, 0]))
+        if not total:
+            ctx.call = call
+            ctx.save_for_backward(*operands)
+            return losses
+        ctx.call = call._replace(columns=[])  # as large as all ranks' vectors
+        ctx.save_for_backward(*gradients)
+        return call.others.collectives.all_reduce(losses.sum())
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
+        if upstream is None:
+            return (None,) * 6
+        call = ctx.call
+        if call.options.total:
+            gradients = [None if g is None else g * upstream for g in ctx.saved_tensors]
+        else:
+            with call.others.collectives.step(agreed=True):
+                _, gradients = _swept(ctx.saved_tensors, call, tuple(ctx.needs_input_grad[:5]), upstream)
+        query, key, *rest = gradients
+        return (*(g if g is None else g * call.factor for g in (query, key)), *rest, None)
+
+
+def _swept(
+    operands: tuple[Tensor, ...], call: _Call, needs: tuple[bool, ...], upstream: Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses of this rank's rows [n], and the gradients of the sum over all ranks of upstream * losses."""
+    query, key, negatives, scale, bias = operands
+    needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
+    collectives = call.others.collectives
+    losses, parts = [], []
+    for i, (others, data) in enumerate(call.columns):
+        rows, own, explicit = (query, key, negatives) if i == 0 else (key, query, None)
+        needs_rows, needs_own = (needs_query, needs_key) if i == 0 else (needs_key, needs_query)
+        extra = others if explicit is None else torch.cat([others, explicit])
+        needed = (needs_rows, needs_own, needs_own or (needs_negatives and i == 0), needs_scale, needs_bias)
+        weight = upstream / len(call.columns)
+        loss, g = _pairwise.sweep((rows, own, extra, scale, bias), data, call.options, needed, weight)
+        losses.append(loss)
+        parts.append(g)
+
+    first, back = parts[0], parts[1] if len(parts) > 1 else _pairwise.Gradients(None, None, None, None, None)
+    of_query, of_key = _sum(first.query, back.key), _sum(first.key, back.query)
+    of_keys, of_negatives, of_queries = first.negatives, None, back.negatives
+    if of_keys is not None:
+        of_keys, of_negatives = of_keys.split((len(call.columns[0].others), 0 if negatives is None else len(negatives)))
+    if of_key is not None and of_keys is not None:
+        of_key = call.others.returned(of_key, of_keys)
+    if of_query is not None and of_queries is not None:
+        of_query = call.others.returned(of_query, of_queries)
+    of_negatives = collectives.all_reduce(of_negatives) if needs_negatives and of_negatives is not None else None
+    scalars = [_sum(first.scale, back.scale), _sum(first.bias, back.bias)]
+    scalars = [None if g is None else collectives.all_reduce(g) for g in scalars]
+    return torch.stack(losses).mean(0), [of_query, of_key, of_negatives, *scalars]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _joined(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else torch.cat([a, b.to(a.dtype)])
+
+
+def _types(**tensors: Tensor) -> dict[str, str]:
+    return {f"the dtype of {name}": str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
+
+
+def _checksum(t: Tensor) -> int:
+    """The sum of the bits, as integers of the elements' size."""
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return int(t.detach().contiguous().view(size).sum(dtype=torch.int64))
