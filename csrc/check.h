@@ -7,6 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include <algorithm>
 #include <string>
 
 #include "sampled_loss.h"
@@ -26,6 +31,36 @@ inline std::string shape_of(const Tensor& t) {
 inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
   const bool same = t.is_cpu() ? like.is_cpu() : t.is_cuda() && like.is_cuda() && t.get_device() == like.get_device();
   STD_TORCH_CHECK(same, name, " must be on the same device as the other tensors");
+}
+
+#ifdef USE_CUDA
+// Where the current device sees host memory that is registered with CUDA; kernels must not touch any other.
+inline const char* registered_data(const char* name, const Tensor& t) {
+  int64_t last = 0;  // element
+  for (int64_t i = 0; i < t.dim(); ++i) last += std::max<int64_t>(t.size(i) - 1, 0) * t.stride(i);
+  const auto* begin = static_cast<const char*>(t.const_data_ptr());
+  const int64_t extent = last * static_cast<int64_t>(t.element_size());
+  const char* seen[2] = {nullptr, nullptr};
+  for (const int64_t offset : {int64_t{0}, extent}) {
+    cudaPointerAttributes found{};
+    const cudaError_t status = cudaPointerGetAttributes(&found, begin + offset);
+    if (status != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+    STD_TORCH_CHECK(status == cudaSuccess && found.type == cudaMemoryTypeHost && found.devicePointer != nullptr, name,
+                    " must be on the same device as the other tensors or in pinned host memory, got pageable memory");
+    seen[offset != 0] = static_cast<const char*>(found.devicePointer);
+  }
+  STD_TORCH_CHECK(extent == 0 || seen[1] - seen[0] == extent, name, " must be in one piece of pinned memory");
+  return seen[0];
+}
+#endif
+
+// Data of a tensor that kernels on the device of `like` can read: there, or for CUDA in pinned host memory.
+inline const void* readable_data(const char* name, const Tensor& t, const Tensor& like) {
+#ifdef USE_CUDA
+  if (t.is_cpu() && like.is_cuda()) return registered_data(name, t);
+#endif
+  check_device(name, t, like);
+  return t.const_data_ptr();
 }
 
 inline void check_dtype(const char* name, const Tensor& t, ScalarType wanted) {

@@ -18,13 +18,14 @@ inline const void* contiguous_data(const char* name, const std::optional<Tensor>
   return t->const_data_ptr();
 }
 
-// Returns the storage type of the weight.
+// Weight and bias are read only, and with hidden on CUDA may both be in pinned host memory. Returns the storage type of
+// the weight.
 inline Storage fill_operands(LossOperands& p, const Tensor& hidden, const Tensor& weight,
                              const std::optional<Tensor>& bias, const Tensor& target,
                              const std::optional<Tensor>& target_log_q, const std::optional<Tensor>& log_z,
                              double offset, bool uniform_labels, bool mean_candidates, int64_t ignore_index,
                              const Objective& objective) {
-  check_device("weight", weight, hidden);
+  p.weight = readable_data("weight", weight, hidden);
   const Storage storage = storage_of("weight", weight);
   const ScalarType compute = compute_type(storage);
   p.hidden_storage = storage_of("hidden", hidden);
@@ -38,9 +39,9 @@ inline Storage fill_operands(LossOperands& p, const Tensor& hidden, const Tensor
   STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
   p.hidden = hidden.const_data_ptr();
   p.hidden_stride = hidden.stride(0);
-  p.weight = weight.const_data_ptr();
   p.weight_stride = weight.stride(0);
-  p.bias = contiguous_data("bias", bias, weight.scalar_type(), {p.n_classes}, hidden);
+  contiguous_data("bias", bias, weight.scalar_type(), {p.n_classes}, weight);
+  p.bias = bias ? readable_data("bias", *bias, hidden) : nullptr;
 
   check_tensor("target", target, ScalarType::Long, hidden);
   STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == p.batch && target.is_contiguous(),

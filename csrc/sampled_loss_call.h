@@ -69,10 +69,10 @@ inline SampledLossCall prepare_sampled_loss(const Tensor& hidden, const Tensor& 
   SampledLossCall call{
       p,
       storage,
-      torch::stable::new_empty(weight, {p.batch}, compute),
-      torch::stable::new_empty(weight, {saved, columns}, ScalarType::Int),
-      torch::stable::new_empty(weight, {saved, columns}, compute),
-      torch::stable::new_empty(weight, {needs_hidden_grad ? p.batch : 0, p.dim}, compute),
+      torch::stable::new_empty(hidden, {p.batch}, compute),
+      torch::stable::new_empty(hidden, {saved, columns}, ScalarType::Int),
+      torch::stable::new_empty(hidden, {saved, columns}, compute),
+      torch::stable::new_empty(hidden, {needs_hidden_grad ? p.batch : 0, p.dim}, compute),
   };
   call.p.loss = call.loss.mutable_data_ptr();
   if (saves) {

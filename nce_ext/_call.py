@@ -46,6 +46,11 @@ class Call(NamedTuple):
     gradient_layout: int
 
     @property
+    def host_weight(self) -> bool:
+        """Whether weight and bias are in host memory, and all else on a GPU."""
+        return self.weight.device != self.hidden.device
+
+    @property
     def shared(self) -> bool:
         """Whether all examples have the same negatives, with the same log q."""
         one_log_q = self.negative_log_q is None or self.negative_log_q.shape[0] == 1
@@ -94,10 +99,11 @@ def prepare(
     sample_weight: Tensor | None = None,
     reduction: str = "none",
     sparse: bool | str = True,
+    host_weight: bool = False,
 ) -> Call:
-    """Check what every loss takes, and flatten it."""
-    _checks.operands(hidden, weight, bias)
-    noise = _checks.noise_of(noise, weight)
+    """Check what every loss takes, and flatten it. ``host_weight``: whether the table may be in pinned host memory."""
+    _checks.operands(hidden, weight, bias, host_weight=host_weight)
+    noise = _checks.noise_of(noise, weight, hidden.device)
     lead = _check_examples(hidden, target, log_z, sample_weight)
     check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
     check_unique(unique, correction, objective)
@@ -113,6 +119,8 @@ def prepare(
         objective = objective._replace(positive_weight=calibrated_weight(calibration, k, noise.n_classes))
     subtract_log_q = correction != "none"
     fused = _choose_backend(backend, hidden.device, weight.shape[1])
+    if weight.device != hidden.device:
+        _check_host_weight(weight, bias, hidden.device, layout, fused)
     if seed is not None:
         check_seed(seed, hidden.device)
     elif negatives is None:
@@ -319,6 +327,18 @@ def _choose_backend(backend: str, device: torch.device, dim: int) -> bool:
             "backend='reference' takes any number"
         )
     return fused
+
+
+def _check_host_weight(weight: Tensor, bias: Tensor | None, device: torch.device, layout: int, fused: bool) -> None:
+    if not fused:
+        raise ValueError(f"weight must be on hidden's device {device} for the reference backend, got {weight.device}")
+    if layout == _ops.DENSE and any(t is not None and t.requires_grad for t in (weight, bias)):
+        raise ValueError("sparse must be True or 'padded' with a weight in host memory, got False")
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"weight must be on hidden's device {device} while a CUDA graph is captured, got {weight.device}: the host "
+            "has to wait for its gradient"
+        )
 
 
 def _as_rows(values: Tensor, k: int, n_examples: int) -> Tensor:

@@ -52,13 +52,29 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: to
     return value
 
 
-def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def pinned(name: str, value: object, allowed: str) -> None:
+    """A tensor must be in host memory that CUDA can read. While tracing that is for the operator to see."""
+    if not isinstance(value, Tensor):  # tensor() says so
+        return
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} must be {allowed}, got {value.device}")
+    if not (torch.compiler.is_compiling() or value.is_pinned()):
+        raise ValueError(f"{name} must be {allowed}, got pageable memory on cpu")
+
+
+def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight: bool = False) -> None:
+    """``host_weight``: with hidden on CUDA, weight and bias may be in pinned host memory."""
     tensor("hidden", hidden, FLOATS)
-    tensor("weight", weight, FLOATS, hidden.device)
+    device: torch.device | None = hidden.device
+    if host_weight and hidden.device.type == "cuda" and getattr(weight, "device", hidden.device) != hidden.device:
+        device = None
+        pinned("weight", weight, f"on hidden's device {hidden.device} or in pinned host memory (weight.pin_memory())")
+        pinned("bias", bias, "in pinned host memory (bias.pin_memory()), as weight is")
+    tensor("weight", weight, FLOATS, device)
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(f"hidden and weight must both be float64 or neither, got {hidden.dtype} and {weight.dtype}")
     if bias is not None:
-        tensor("bias", bias, (weight.dtype,), hidden.device)
+        tensor("bias", bias, (weight.dtype,), device)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [n_classes, D], got shape {list(weight.shape)}")
     if hidden.dim() < 1:
@@ -79,11 +95,13 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be contiguous of shape [{weight.shape[0]}], got {got}")
 
 
-def noise_of(noise: object, weight: Tensor) -> Noise:
+def noise_of(noise: object, weight: Tensor, device: torch.device | None = None) -> Noise:
+    """``device``: hidden's, if that is not weight's."""
     if not isinstance(noise, Noise):
         raise TypeError(f"noise must be an nce_ext.noise distribution, got {describe(noise)}")
-    if noise.table.device != weight.device:
-        raise ValueError(f"noise must be on hidden's device {weight.device}, got {noise.table.device}; use noise.to()")
+    device = device or weight.device
+    if noise.table.device != device:
+        raise ValueError(f"noise must be on hidden's device {device}, got {noise.table.device}; use noise.to()")
     if noise.n_classes != weight.shape[0]:
         raise ValueError(f"noise must have weight's {weight.shape[0]} classes, got {noise.n_classes}")
     return noise

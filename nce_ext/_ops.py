@@ -212,7 +212,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, ids, dlogit, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype
-    ctx.gradient_layout = inputs[-1]
+    ctx.gradient_layout, ctx.weight_device = inputs[-1], weight.device
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     needs_log_z = ctx.needs_input_grad[4]
     ctx.save_for_backward(
@@ -253,7 +253,7 @@ def _setup_shared_context(ctx, inputs, output) -> None:
     _, target_ids, target_dlogit, grad_hidden, classes, rows, elements, dlogit, grad_shift = output
     ctx.set_materialize_grads(False)
     ctx.n_classes, ctx.row_dtype, ctx.hidden_dtype = weight.shape[0], weight.dtype, hidden.dtype
-    ctx.gradient_layout = inputs[-1]
+    ctx.gradient_layout, ctx.weight_device = inputs[-1], weight.device
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     of_rows = (hidden, target_ids, target_dlogit, classes, rows, elements, dlogit)
     ctx.save_for_backward(
@@ -296,12 +296,32 @@ def _give_row_gradients(ctx, inputs, layout: int, classes: Tensor, rows: Tensor,
     if layout == DENSE:
         inputs[1:3] = [rows if needs_weight else None, elements if needs_bias else None]
         return
+    classes, rows, elements = _brought_to(ctx.weight_device, classes, rows, elements)
     if layout == COALESCED and not torch.compiler.is_compiling():
         _remember(classes, needs_weight + needs_bias)
     if needs_weight:
         inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), layout == COALESCED)
     if needs_bias:
         inputs[2] = _coo(classes, elements, (ctx.n_classes,), layout == COALESCED)
+
+
+def _brought_to(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on that device; from CUDA to the host as copies in pinned memory, complete when this returns.
+
+    The copies run on the stream that made the tensors, at the full rate of the bus and without touching fresh pages;
+    the memory is used again once the gradient is gone. Nothing on the CPU waits for a stream, so this does, once for
+    all of them: then the forward pass has read its rows as well, and they may be changed.
+    """
+    source = tensors[0].device
+    if source == device:
+        return tensors
+    if source.type != "cuda" or type(tensors[0]) is not Tensor or torch.compiler.is_compiling():  # nothing to wait for
+        return tuple(t.to(device) for t in tensors)
+    copies = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
+    for copy, t in zip(copies, tensors, strict=True):
+        copy.copy_(t, non_blocking=True)
+    torch.cuda.current_stream(source).synchronize()
+    return copies
 
 
 def _capturing(device: torch.device) -> bool:

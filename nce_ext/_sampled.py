@@ -30,8 +30,9 @@ def sampled_loss(
 ) -> Tensor:
     """The reduced loss; options are those of :func:`_call.prepare`."""
     call = _call.prepare(
-        hidden, weight, target, noise, num_negatives, sample_weight=sample_weight, reduction=reduction, **options
-    )
+        hidden, weight, target, noise, num_negatives, sample_weight=sample_weight, reduction=reduction,
+        host_weight=True, **options,
+    )  # fmt: skip
     learns = torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
         if learns:
@@ -47,6 +48,7 @@ def sampled_loss(
         if reduction != "none" and (weights is None or not weights.requires_grad):
             scale = _scale(call, weights, reduction)
         losses = guarded(_shared.losses, (call, scale, learns), given, check_first=hidden.device.type != "cpu")
+        _wait_for_rows(call)
         if scale is not None:
             return losses.sum()
     elif call.fused:
@@ -57,6 +59,7 @@ def sampled_loss(
         )  # fmt: skip
         operator = _ops.sampled_loss if stepper is None else stepper.sampled_loss
         losses = guarded(operator, arguments, given, check_first=hidden.device.type != "cpu")
+        _wait_for_rows(call)
     else:
         losses = _reference_loss(call, given)
     if reduction == "none":
@@ -80,6 +83,12 @@ def guarded(operator: Callable[..., Any], arguments: tuple, given: tuple, *, che
     except RuntimeError:
         _checks.ids(*given)
         raise
+
+
+def _wait_for_rows(call: _call.Call) -> None:
+    """Without a backward pass, which waits, until the rows of a weight in host memory are read: it may change then."""
+    if call.host_weight and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        torch.cuda.current_stream(call.hidden.device).synchronize()
 
 
 def _scale(call: _call.Call, weights: Tensor | None, reduction: str) -> Tensor:

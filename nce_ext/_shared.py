@@ -82,14 +82,16 @@ def _shared_loss(
     learns = needs_hidden_grad or needs_row_grad
     columns = _Columns(negatives, negative_log_q, n_classes, distinct=distinct)
     n = len(columns.ids)
-    if weight.device.type == "cpu" and bool(columns.bad) and bool((target != ignore_index).any()):
+    if hidden.device.type == "cpu" and bool(columns.bad) and bool((target != ignore_index).any()):
         raise RuntimeError(f"negatives must be in 0 .. {n_classes - 1}, classes with a finite log q")
     # float32 products of 16-bit operands need a GPU; elsewhere the operands are widened.
-    product = weight.dtype if weight.device.type == "cuda" or weight.dtype == compute else compute
-    rows = weight.index_select(0, columns.ids).to(product)
-    shift = torch.full((n,), -offset, dtype=compute, device=weight.device)
+    product = weight.dtype if hidden.device.type == "cuda" or weight.dtype == compute else compute
+    # Of a table in host memory they are gathered there, for which the ids are waited for.
+    of_columns = columns.ids.to(weight.device)
+    rows = weight.index_select(0, of_columns).to(hidden.device, product)
+    shift = torch.full((n,), -offset, dtype=compute, device=hidden.device)
     if bias is not None:
-        shift += bias.index_select(0, columns.ids)
+        shift += bias.index_select(0, of_columns).to(hidden.device)
     if columns.log_q is not None:
         shift -= columns.log_q
     # A bad negative is everybody's: it makes each example bad, by way of its targets.
@@ -105,7 +107,7 @@ def _shared_loss(
     target_dlogit = hidden.new_empty((batch if learns else 0, n_targets), dtype=compute)
     grad_hidden = hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute)
     grad_shift = hidden.new_empty((batch if learns else 0,), dtype=compute)
-    classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=weight.device)
+    classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=hidden.device)
     accumulates = needs_row_grad and not kept
     grad_columns = hidden.new_zeros((dim, n if accumulates else 0), dtype=compute)  # transposed: the faster product
     grad_rows = hidden.new_empty((k if accumulates else 0, dim), dtype=compute)
@@ -114,7 +116,7 @@ def _shared_loss(
     if needs_row_grad:
         classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
 
-    size = max(1, min(batch, _WORKSPACE[weight.device.type] // (max(n, 1) * shift.element_size())))
+    size = max(1, min(batch, _WORKSPACE[hidden.device.type] // (max(n, 1) * shift.element_size())))
     for begin in range(0, batch, size):
         chunk = slice(begin, min(begin + size, batch))
         x = hidden[chunk].to(product)

@@ -56,7 +56,8 @@ def nce_loss(
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64; its dtype may differ from weight's, but for float64.
-        weight: [V, D], one row a class, rows of stride 1; any distance between rows.
+        weight: [V, D], one row a class, rows of stride 1; any distance between rows. With hidden on CUDA, weight and
+            bias may both be in pinned host memory (docs/host_memory.md): then ``sparse`` is True or "padded".
         target: class ids, int64 or int32, [...]; or [..., T] with T positives an example, padded with
             ``ignore_index``. An example whose targets are all ``ignore_index`` contributes nothing.
         noise: the distribution of the negatives, over the same V classes.

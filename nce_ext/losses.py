@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from nce_ext import _call, _checks, functional
 from nce_ext._fused_step import FusedStep, fuse
 from nce_ext._memory import empty_table
+from nce_ext._pinned import PinnedTables
 from nce_ext.noise import Noise, describe
 from nce_ext.reference import BINARY_OBJECTIVE, Objective
 
 __all__ = ["NCELoss", "NegativeSamplingLoss", "SampledSoftmaxLoss"]
 
 
-class _SampledLoss(nn.Module):
+class _SampledLoss(PinnedTables):
     """An output layer and a loss over its classes; subclasses choose the function and its defaults."""
 
     _function: Callable[..., Tensor]
@@ -150,7 +151,7 @@ class _SampledLoss(nn.Module):
 
         The pairs of id and derivative that the gradient is the sum of are sorted once, and every row's sum goes
         straight into its step. ``optimizer.step()`` still steps on all other parameters. Every backward pass through
-        the loss is a step; several calls of the loss in one pass are one step.
+        the loss is a step; several calls of the loss in one pass are one step; a pass that raises is none.
 
         ==========================  ==========================================================================
         gradient accumulation       ``accumulate=n``: pairs and hidden vectors of n passes wait for one step
@@ -158,13 +159,16 @@ class _SampledLoss(nn.Module):
         several processes (DDP)     ``process_group``: pairs are gathered, their gradient averaged as by DDP, and all
                                     copies take the same step; keep the loss outside the DDP module. Without it a loss
                                     refuses to run where several processes train
-        mixed precision             ``grad_scaler``: the step is taken unscaled, or left out if not finite
+        mixed precision             ``grad_scaler``: the step is taken unscaled, or left out if not finite, which
+                                    ``grad_scaler.update()`` then counts
         tied weights                work: what other uses leave in ``weight.grad`` joins the step (rows are then formed)
         shared negatives,           work, but their gradient rows exist for a moment; not with ``process_group``
         reference backend
         double backward, twice      raise before anything changes
         through one graph
         torch.compile               the loss runs outside the graph
+        ``torch.autograd.grad``     gives the gradient of hidden alone, and is no step
+        copies of the module        are not fused
         ==========================  ==========================================================================
 
         Args:

@@ -12,6 +12,7 @@ import test_contrastive_errors
 import test_density
 import test_diagnose
 import test_family_errors
+import test_host_weight
 import torch
 from test_errors import REFUSALS, B, D, K, V, ids
 from test_hogwild import REFUSALS as OF_HOGWILD
@@ -113,7 +114,7 @@ def messages(*tables) -> list[str]:
 
 OF_SAMPLED_LOSSES = messages(
     REFUSALS, CONSTRUCTOR, OF_HOGWILD, test_family_errors.REFUSALS, test_family_errors.SOFTMAX_MODULE,
-    test_family_errors.AT_THE_CALL,
+    test_family_errors.AT_THE_CALL, test_host_weight.REFUSALS,
     [(r"weight must have at most",)],  # on CUDA alone, test_packaging and test_cuda
 )  # fmt: skip
 OF_CONTRASTIVE_LOSSES = messages(

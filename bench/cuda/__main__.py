@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nce_ext
-from bench.cuda import family, forward, noise, report, steps
+from bench.cuda import family, forward, host_memory, noise, report, steps
 from bench.cuda.measure import DoesNotFit, release
 from bench.cuda.report import Recorder
 from bench.cuda.run import Job, Run
@@ -37,6 +37,7 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Job]]] = {
     "hogwild": steps.hogwild,
     "memory": noise.memory,
     "graphs": steps.graphs,
+    "host-memory": host_memory.host_memory,
     "more-ceilings": forward.last_ceilings,
 }
 
