@@ -15,7 +15,7 @@ from bench.timing import Row, Stopwatch
 # The order of the table.
 ORDER = (
     "test_step", "test_softmax_step", "test_shared", "test_forward_bandwidth", "test_full_softmax", "test_sampling",
-    "test_memory", "test_kept_memory",
+    "test_memory", "test_kept_memory", "test_optim", "test_fused_step",
 )  # fmt: skip
 ROWS = pytest.StashKey[list[Row]]()
 

@@ -68,10 +68,10 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int n_classes, ScalarType dtype, "
       "bool with_rows, bool with_bias) -> (Tensor, Tensor)");
 
-  // One step of an optimizer on rows of weight [V, D], in place: on those that classes, int64 [U] ascending, names (-1:
-  // none), or on all of them. gradient is [U, D], of weight's dtype. rule is 0 SGD (beta1 momentum, beta2 dampening),
-  // 1 Adagrad, 2 row-wise Adagrad, 3 Adam; csrc/row_step.h says what the states are. With a seed 16-bit weights are
-  // rounded at random.
+  // One step of an optimizer on rows of weight [V, D], in place: on those that classes, int64 [U] ascending, names (on
+  // CUDA -1: none), or on all of them. gradient is [U, D], of weight's dtype. rule is 0 SGD (beta1 momentum, beta2
+  // dampening), 1 Adagrad, 2 row-wise Adagrad, 3 Adam; csrc/row_step.h says what the states are. With a seed 16-bit
+  // weights are rounded at random.
   m.def(
       "row_step_(Tensor(a!) weight, Tensor? classes, Tensor gradient, Tensor(b!)? first, Tensor(c!)? second, "
       "Tensor(d!)? row_steps, Tensor(e!)? decayed, Tensor(f!)? master, Tensor? gradient_scale, Tensor? seed, int rule, "

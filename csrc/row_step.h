@@ -119,7 +119,8 @@ NCE_HD void count_touch(const RowStep& p, int64_t row) {
 // beside it.
 template <class Real>
 NCE_HD Real step_gradient(const RowNumbers<Real>& n, Real gradient, Real weight) {
-  return n.scale * gradient + n.weight_decay * weight;
+  const Real scaled = n.scale * gradient;
+  return n.weight_decay != Real(0) ? scaled + n.weight_decay * weight : scaled;  // 0 times infinity is not 0
 }
 
 // One element: `weight`, and `first` and `second` where the rule has them, are replaced. Row-wise Adagrad's `second` is

@@ -7,15 +7,18 @@ and the reference backend, which make gradient rows in any case, leave them with
 
 from __future__ import annotations
 
-import math
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
-from nce_ext import _ops
+from nce_ext import _checks, _ops
+from nce_ext._laws import describe
 from nce_ext._row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim import SGD
 
@@ -23,6 +26,7 @@ TWICE = (
     "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "
     "(retain_graph=True); loss_fn.unfuse_optimizer() brings gradients back"
 )
+_DIFFERENT = -1  # columns of calls that cannot be merged
 
 
 class _Pairs(NamedTuple):
@@ -42,6 +46,7 @@ class _Loss(torch.autograd.Function):
         loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*arguments)
         ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
         ctx.stepper, ctx.done = stepper, False
+        ctx.of_rows = torch.autograd.graph.get_gradient_edge(anchor).node
         return loss
 
     @staticmethod
@@ -49,16 +54,25 @@ class _Loss(torch.autograd.Function):
         hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
-        if ctx.done:
-            raise RuntimeError(TWICE)
-        ctx.done = True
-        ctx.stepper.add(_Pairs(ids, dlogit, grad_loss, hidden.detach()))
+        if torch._C._will_engine_execute_node(ctx.of_rows):  # not where autograd.grad is after hidden's gradient alone
+            if ctx.done:
+                raise RuntimeError(TWICE)
+            ctx.done = True
+            ctx.stepper.add(_Pairs(ids, dlogit, grad_loss, hidden.detach()))
         needs_hidden, needs_log_z = ctx.needs_input_grad[:2]
         return (
             (grad_hidden * grad_loss[:, None]).to(hidden.dtype) if needs_hidden else None,
             -dlogit.sum(1) * grad_loss if needs_log_z else None,
             None, None, None,
         )  # fmt: skip
+
+
+class _Pass:
+    """What one backward pass has brought so far."""
+
+    def __init__(self) -> None:
+        self.pairs: list[_Pairs] = []
+        self.rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
 
 
 class FusedStep:
@@ -81,15 +95,20 @@ class FusedStep:
         hogwild: bool,
     ) -> None:
         self.optimizer, self.accumulate, self.max_norm = optimizer, accumulate, max_norm
-        self.process_group, self.grad_scaler, self.hogwild = process_group, grad_scaler, hogwild
+        self.process_group, self.hogwild = process_group, hogwild
+        self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = [p for p in (weight, bias) if p is not None]
-        self._task: int | None = None  # the backward pass that is under way
-        self._arriving: list[_Pairs] = []
-        self._rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
+        # Passes under way, by the engine's number. The engine alone holds them: one that fails is gone with its pairs.
+        self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._waiting: list[_Pairs] = []  # of passes that are over
         self._passes = 0
+        self._lock = threading.RLock()  # passes of several threads step one after the other
 
-    @torch.compiler.disable  # what happens at the end of backward cannot be traced
+    def __reduce__(self) -> Any:
+        """None: a copy of the loss is not fused, as no optimizer that its owner knows has the copied parameters."""
+        return type(None), ()
+
+    @_disable_dynamo  # what happens at the end of backward cannot be traced
     def loss(
         self,
         function: Callable[..., Tensor],
@@ -102,6 +121,10 @@ class FusedStep:
         options: dict[str, Any],
     ) -> Tensor:
         """The loss on stand-ins for weight and bias."""
+        if isinstance(hidden, Tensor) and weight.device != hidden.device:  # pairs and rows would lie apart
+            raise ValueError(
+                f"weight must be on hidden's device {hidden.device} with fuse_optimizer, got {weight.device}"
+            )
         self._check(weight, bias)
         weight, bias = self._stand_ins()
         return function(hidden, weight, target, noise, num_negatives, bias=bias, **{**options, "sparse": True})
@@ -111,7 +134,12 @@ class FusedStep:
         given = [p for p in (weight, bias) if p is not None]
         if len(given) != len(self._parameters) or any(p is not q for p, q in zip(given, self._parameters, strict=True)):
             raise RuntimeError("weight and bias were replaced after fuse_optimizer; call it again")
-        for p in self._parameters:
+        for name, p in zip(("weight", "bias"), self._parameters, strict=False):
+            if not p.requires_grad:
+                raise RuntimeError(
+                    f"{name} must require a gradient while a fused optimizer steps on it; "
+                    "loss_fn.unfuse_optimizer() stops that"
+                )
             self.optimizer._check(self._group(p), p)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and self.process_group is None:
@@ -121,7 +149,10 @@ class FusedStep:
             )
 
     def _group(self, p: Tensor) -> dict[str, Any]:
-        return next(group for group in self.optimizer.param_groups if any(q is p for q in group["params"]))
+        for group in self.optimizer.param_groups:
+            if any(q is p for q in group["params"]):
+                return group
+        raise RuntimeError("weight and bias were taken from the optimizer after fuse_optimizer; call it again")
 
     def _stand_ins(self) -> tuple[Tensor, Tensor | None]:
         stand_ins = []
@@ -144,9 +175,8 @@ class FusedStep:
             if done:
                 raise RuntimeError(TWICE)
             done = True
-            self._begin()
             _ops.flag_coalesced(stand_in)
-            self._rows.append((p, stand_in.grad))
+            self._this_pass().rows.append((p, stand_in.grad))
             stand_in.grad = None
 
         return take
@@ -169,60 +199,70 @@ class FusedStep:
 
     # During backward.
 
-    def _begin(self) -> None:
-        """Once a backward pass: have it end with a step. What a pass that failed has left behind is dropped."""
+    def _this_pass(self) -> _Pass:
+        """What the backward pass under way has brought; the first to ask has it end with a step."""
         task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task, self._arriving, self._rows = task, [], []
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        arriving = self._under_way.get(task)
+        if arriving is None:
+            self._under_way[task] = arriving = _Pass()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(arriving))
+        return arriving
 
     def add(self, pairs: _Pairs) -> None:
-        self._begin()
-        self._arriving.append(pairs)
+        self._this_pass().pairs.append(pairs)
 
-    def _end(self) -> None:
-        self._task = None
-        self._waiting += self._arriving
-        for p, rows in self._rows:
-            p.grad = rows if p.grad is None else p.grad + rows
-        self._arriving, self._rows = [], []
-        self._passes += 1
-        if self._passes >= self.accumulate:
+    def _end(self, arrived: _Pass) -> None:
+        with self._lock:
+            self._waiting += arrived.pairs
+            for p, rows in arrived.rows:
+                p.grad = rows if p.grad is None else p.grad + rows
+            self._passes += 1
+            full = self._passes >= self.accumulate
+        if full:
             self.step()
 
     @torch.no_grad()
     def step(self) -> None:
         """Take the step on what has been accumulated, such as a last group that is not full. Nothing: no step."""
-        pairs, self._waiting, self._passes = self._waiting, [], 0
+        with self._lock:
+            pairs, self._waiting, self._passes = self._waiting, [], 0
+            racy = self.hogwild and all(p.grad is None for p in self._parameters)
+            if not racy:
+                self._step(pairs)
+        if racy:
+            self._scatter(pairs)
+
+    def _step(self, pairs: list[_Pairs]) -> None:
         if self.process_group is not None:
             pairs = self._gather(pairs)
         gradients = [p.grad for p in self._parameters]
         if not pairs and all(gradient is None for gradient in gradients):
             return
-        if self.hogwild and all(gradient is None for gradient in gradients):
-            self._scatter(pairs)
-            return
         merged = _merge(pairs) if pairs else None
+        for p in self._parameters:
+            self.optimizer._check(self._group(p), p)
         if merged is not None and any(gradient is not None for gradient in gradients):
             self._give_gradients(merged)
             merged = None
-        for p in self._parameters:
-            self.optimizer._check(self._group(p), p)
-        norm = None
-        if self.max_norm is not None or self.grad_scaler is not None:
-            norm = self._factor() * self._norm(merged)
-        if self.grad_scaler is None or norm is None or bool(torch.isfinite(norm)):
+        norm = self._factor() * self._norm(merged) if self.max_norm or self.grad_scaler else None
+        if self.grad_scaler is None or norm is None or self._is_finite(norm, self.grad_scaler):
             self._apply(merged, self._scale(norm))
         for p in self._parameters:
             p.grad = None
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers of the learning rate look for
+
+    def _is_finite(self, norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
+        """Whether the step is taken; ``scaler.update()`` is to know, as if the scaler had looked itself."""
+        finite = torch.isfinite(norm)
+        scaler._per_optimizer_states[id(self)]["found_inf_per_device"][norm.device] = (~finite).float()
+        return bool(finite)
 
     def _apply(self, merged: _Pairs | None, scale: Tensor | None) -> None:
-        steps = {p: self.optimizer._prepare(self._group(p), p) for p in self._parameters}
+        stepped = [p for p in self._parameters if merged is not None or p.grad is not None]
+        steps = {p: self.optimizer._prepare(self._group(p), p) for p in stepped}
         if merged is None:
             for p, step in steps.items():
-                if p.grad is not None:
-                    _ops.row_step_(step, *rows_of(p.grad), scale)
+                _ops.row_step_(step, *rows_of(p.grad), scale)  # type: ignore[arg-type]
             return
         weight, *bias = steps.values()
         classes, elements = _ops.row_grad_step_(*merged, weight, scale, bool(bias))
@@ -231,6 +271,7 @@ class FusedStep:
 
     def _scatter(self, pairs: list[_Pairs]) -> None:
         weight, *bias = self._parameters
+        torch.autograd.graph.increment_version(self._parameters)
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             _ops.scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
@@ -267,25 +308,27 @@ class FusedStep:
         """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
         weight, size = self._parameters[0], dist.get_world_size(self.process_group)
         tied = any(p.grad is not None for p in self._parameters)
-        n_rows, n_columns = sum(len(each.ids) for each in pairs), pairs[0].ids.shape[1] if pairs else 0
-        own = torch.tensor([n_rows, n_columns, tied], device=weight.device)
+        dtype = _checks.FLOATS.index(pairs[0].hidden.dtype) if pairs else -1
+        n_rows, (width, *more) = sum(len(each.ids) for each in pairs), {each.ids.shape[1] for each in pairs} or {0}
+        own = torch.tensor([n_rows, _DIFFERENT if more else width, dtype, tied], device=weight.device)
         counts = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(counts, own, group=self.process_group)
-        rows, columns, has_gradients = zip(*(count.tolist() for count in counts), strict=True)
+        rows, columns, dtypes, has_gradients = zip(*(count.tolist() for count in counts), strict=True)
         if any(has_gradients):  # known to all, so that no rank is left waiting
             raise RuntimeError(
                 "process_group must be None in fuse_optimizer with tied weights: other gradients are not exchanged"
             )
-        if len({c for c in columns if c}) > 1:
+        if len({c for c in columns if c}) > 1 or _DIFFERENT in columns:
             raise RuntimeError(
                 f"target must have as many positives, and k must be the same, on all ranks, got T + k = {columns}"
             )
-        if not any(rows):
+        if not any(columns):
             return []
-        hidden_dtype = pairs[0].hidden.dtype if pairs else torch.float32
-        mine = _merge(pairs) if pairs else _empty(max(columns), weight, hidden_dtype)
+        empty = _empty(max(columns), weight, _checks.FLOATS[max(dtypes)])
+        if not any(rows):
+            return [empty]
         parts = []
-        for t in mine:
+        for t in _merge(pairs) if pairs else empty:
             padded = t.new_zeros((max(rows), *t.shape[1:]))
             padded[: len(t)] = t
             everyone = [torch.empty_like(padded) for _ in range(size)]
@@ -328,14 +371,13 @@ def fuse(weight: nn.Parameter, bias: nn.Parameter | None, optimizer: Any, **opti
             raise ValueError(f"optimizer must have the loss's {name} among its parameters")
         if not p.requires_grad:
             raise ValueError(f"{name} must require a gradient to be stepped on")
-    accumulate, max_norm, hogwild = options["accumulate"], options["max_norm"], options["hogwild"]
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
-        raise TypeError(f"accumulate must be an int, got {accumulate!r}")
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be >= 1, got {accumulate}")
-    if max_norm is not None and not 0 < max_norm < math.inf:
-        raise ValueError(f"max_norm must be positive and finite, got {max_norm!r}")
-    if hogwild:
+    max_norm, grad_scaler = options["max_norm"], options["grad_scaler"]
+    _checks.count("accumulate", options["accumulate"], 1)
+    if max_norm is not None and _checks.number("max_norm", max_norm, 0) == 0:
+        raise ValueError(f"max_norm must be > 0, got {max_norm!r}")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler must be a torch.amp.GradScaler, got {describe(grad_scaler)}")
+    if options["hogwild"]:
         _check_hogwild(weight, bias, optimizer, options)
     return FusedStep(weight, bias, optimizer, **options)
 

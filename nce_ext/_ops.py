@@ -86,6 +86,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
     """A step on rows of a weight, or on all, by their gradient [U, D]; classes [U] ascending, each once."""
     weight, state, numbers, seed = step
+    torch.autograd.graph.increment_version(weight)  # which compiled operators do not
     if _library.fused_available(weight.device):
         torch.ops.nce_ext.row_step_(weight, classes, gradient, *state, scale, seed, *numbers)
     else:
@@ -139,6 +140,7 @@ def row_grad_step_(
     ids: Tensor, dlogit: Tensor, grad_loss: Tensor, hidden: Tensor, step: RowStep, scale: Tensor | None, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """A step on weight by the gradient of these pairs; the touched classes [U] and, with_bias, bias's gradient [U]."""
+    torch.autograd.graph.increment_version(step.weight)
     return torch.ops.nce_ext.row_grad_step_(
         ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.numbers
     )

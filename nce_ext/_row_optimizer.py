@@ -113,7 +113,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def _step_dense(self) -> None:
         if self._dense_optimizer is not None:
             # torch wraps the step of a class once it has an instance, to call the hooks; they are to be called once.
-            with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):  # unwrapped as well
+            # Within that wrapper is the one that switches autograd on or off.
+            with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
                 inspect.unwrap(self._dense_optimizer.step)(self)
 
     def _check(self, group: dict[str, Any], p: Tensor) -> None:
@@ -127,6 +128,8 @@ class RowOptimizer(torch.optim.Optimizer):
             )
         if not p.is_floating_point():
             raise TypeError(f"parameter must be of a real floating-point type for sparse gradients, got {p.dtype}")
+        if p.grad is not None and p.grad.dtype != p.dtype:
+            raise TypeError(f"gradient must be of its parameter's type {p.dtype}, got {p.grad.dtype}")
         if p.numel() and p.dim() and not (p[0].is_contiguous() and (len(p) == 1 or p.stride(0) >= p[0].numel())):
             raise ValueError(
                 f"parameter must have contiguous rows for sparse gradients, got strides {list(p.stride())} for shape "
@@ -174,7 +177,7 @@ class RowOptimizer(torch.optim.Optimizer):
             else:
                 state[name] = state[name].to(compute).reshape(self._shape(weight)).contiguous()
         if self._counts_touches(group) and "row_step" not in state:
-            touches = max(int(state["step"]), int(continued))  # torch's SGD does not count
+            touches = max(int(state["step"]), 1) if continued else 0  # torch's SGD does not count
             state["row_step"] = torch.full(weight.shape[:1], touches, dtype=torch.int32, device=p.device)
         if self._decay(group) and "decayed" not in state:
             state["log_decay"] = 0.0

@@ -64,7 +64,9 @@ def row_step_(
     g = gradient.to(compute)
     if gradient_scale is not None:
         g = g * gradient_scale.to(compute)
-    g = (-g if numbers.maximize else g) + numbers.weight_decay * w
+    g = -g if numbers.maximize else g
+    if numbers.weight_decay:  # 0 times infinity is not 0
+        g = g + numbers.weight_decay * w
     if state.decayed is not None:
         w = w * torch.exp(numbers.log_decay - state.decayed[rows]).to(compute)[:, None]
         state.decayed[rows] = numbers.log_decay

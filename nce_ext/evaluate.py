@@ -52,7 +52,7 @@ def nll(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
-    weight, bias = layer.weight, layer.bias
+    weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be an int64 tensor, got {target.dtype}")
@@ -109,7 +109,7 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
     Raises:
         ValueError: shapes that do not fit, k out of range.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1 .. {weight.shape[0]}, got {k}")
@@ -119,6 +119,15 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
     ]
     shape = (*hidden.shape[:-1], k)
     return torch.cat([values for values, _ in best]).reshape(shape), torch.cat([ids for _, ids in best]).reshape(shape)
+
+
+def _tables(layer: OutputLayer) -> tuple[Tensor, Tensor | None]:
+    n_rows = layer.weight.shape[0]
+    if getattr(layer, "n_classes", n_rows) != n_rows:
+        raise ValueError(
+            f"layer must hold all of its {layer.n_classes} classes, got {n_rows}: of a sharded loss take log_prob"  # type: ignore[attr-defined]
+        )
+    return layer.weight, layer.bias
 
 
 def _check_hidden(weight: Tensor, hidden: Tensor) -> None:

@@ -12,7 +12,12 @@ import test_contrastive_errors
 import test_density
 import test_diagnose
 import test_family_errors
+import test_fused_step_errors
+import test_gathered
 import test_host_weight
+import test_optim_errors
+import test_sharded
+import test_utils
 import torch
 from test_errors import REFUSALS, B, D, K, V, ids
 from test_hogwild import REFUSALS as OF_HOGWILD
@@ -21,15 +26,25 @@ import nce_ext
 from nce_ext import (
     _call,
     _checks,
+    _collectives,
+    _ddp,
     _diagnose,
+    _fused_step,
+    _gathered,
     _pairwise,
+    _pinned,
     _queue,
+    _row_optimizer,
     _sampled,
+    _sharded,
+    _sharded_state,
     contrastive,
     density,
     evaluate,
     functional,
     losses,
+    optim,
+    utils,
 )
 from nce_ext import noise as noises
 
@@ -70,6 +85,8 @@ def test_refusals_of_the_constructor(name):
 
 LAYER = torch.nn.Linear(D, V)
 HIDDEN, TARGET = torch.randn(B, D), torch.tensor([1, 2, 3])
+SHARD = torch.nn.Linear(D, V)
+SHARD.n_classes = 2 * V  # as a sharded loss says
 
 
 def nll(hidden=HIDDEN, target=TARGET, **options):
@@ -88,6 +105,11 @@ EVALUATE = {
     "target above": (nll(target=ids(1, V, 2)), ValueError, r"target must be in 0 \.\. 9 or ignore_index = -100"),
     "target below": (nll(target=ids(1, -1, 2)), ValueError, r"target must be in 0 \.\. 9 or ignore_index = -100"),
     "target of floats": (nll(target=TARGET.float()), (TypeError, ValueError), r"target must be .* got .*float32"),
+    "a shard": (
+        lambda: evaluate.nll(SHARD, HIDDEN, TARGET),
+        ValueError,
+        r"layer must hold all of its 20 classes, got 10: of a sharded loss take log_prob",
+    ),
     "topk zero": (topk(0), ValueError, r"k must be in 1 \.\. 10, got 0"),
     "topk too many": (topk(V + 1), ValueError, r"k must be in 1 \.\. 10, got 11"),
     "topk hidden": (topk(2, torch.randn(B, 5)), ValueError, r"hidden must be \[\.\.\., 4\], got shape \[3, 5\]"),
@@ -127,11 +149,23 @@ OF_CONTRASTIVE_LOSSES = messages(
     [(r"target must be None for the bound",), (r"debias must be 0 for the bound",)],  # test_bounds
 )  # fmt: skip
 OF_DENSITIES = messages(test_density.REFUSALS, test_density.OF_THE_RATIO, test_density.CONSTRUCTOR)
+OF_OPTIMIZERS = messages(test_optim_errors.OPTIONS, test_optim_errors.REFUSALS)
+OF_SHARDS = list(test_sharded.REFUSALS.values())
 TABLES = {
     functional: OF_SAMPLED_LOSSES, _call: OF_SAMPLED_LOSSES, _sampled: OF_SAMPLED_LOSSES, losses: OF_SAMPLED_LOSSES,
     _checks: OF_SAMPLED_LOSSES, evaluate: messages(EVALUATE), _diagnose: messages(test_diagnose.REFUSALS),
     contrastive: OF_CONTRASTIVE_LOSSES, _pairwise: OF_CONTRASTIVE_LOSSES, _queue: OF_CONTRASTIVE_LOSSES,
-    density: OF_DENSITIES,
+    density: OF_DENSITIES, utils: messages(test_utils.REFUSALS), _pinned: messages(test_host_weight.REFUSALS),
+    optim: OF_OPTIMIZERS, _row_optimizer: OF_OPTIMIZERS,
+    _fused_step: [
+        *messages(test_fused_step_errors.OF_FUSE, test_fused_step_errors.AT_THE_CALL),
+        "weight must be float32 with hogwild=True",  # test_hogwild_takes_float32_alone
+    ],
+    _sharded: OF_SHARDS, _sharded_state: OF_SHARDS,
+    # Of groups of processes: test_collectives, test_gathered, test_ddp_hook.
+    _collectives: ["group must be one of which this process", "group must be a ProcessGroup or None"],
+    _gathered: [*messages(parametrized(test_gathered.test_options)), "rows must be a tensor"],
+    _ddp: ["parameters must be tensors", "parameters must have row-sparse"],
 }  # fmt: skip
 
 

@@ -301,7 +301,7 @@ FLOORS = [
     {"losses", "contrastive"},
     {"_diagnose"},
     {"_collectives"},
-    {"_sharded_objective"},
+    {"_sharded_objective", "_sharded_state"},
     {"_sharded_batch"},
     {"_sharded_scores"},
     {"_sharded", "_gathered", "_ddp"},
