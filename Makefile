@@ -70,7 +70,7 @@ format: $(VENV)/.lint  ## put Python and C++ files in the project's style
 	$(BIN)/clang-format -i $(CPP)
 
 # Unoptimised: the sanitizers' checks in code that is always inlined keep an optimiser busy for minutes.
-CPP_TESTS := build/sanitized/test_kernels build/sanitized/test_objectives
+CPP_TESTS := build/sanitized/test_kernels build/sanitized/test_objectives build/sanitized/test_row_step
 SANITIZED_KERNELS := $(KERNELS:csrc/cpu/%.cpp=build/sanitized/%.o)
 .SECONDARY: $(SANITIZED_KERNELS)
 CPP_TEST_FLAGS := -std=c++20 -O0 -g1 -ffp-contract=off -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized \
@@ -86,7 +86,7 @@ build/sanitized/test_%: tests/cpp/test_%.cpp tests/cpp/problem.h $(SANITIZED_KER
 sanitize: $(CPP_TESTS)  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	for program in $(CPP_TESTS); do ./$$program || exit 1; done
 
-EMULATED := kernels sampled_loss whole_example scatter row_grad shared_loss
+EMULATED := kernels sampled_loss whole_example scatter row_grad row_step scatter_step shared_loss
 EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)
 EMULATED_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
 	-Wno-missing-field-initializers -I csrc/cuda -I tests/emulator

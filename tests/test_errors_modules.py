@@ -161,6 +161,7 @@ TABLES = {
         *messages(test_fused_step_errors.OF_FUSE, test_fused_step_errors.AT_THE_CALL),
         "weight must be float32 with hogwild=True",  # test_hogwild_takes_float32_alone
         "weight must be on hidden's device",  # test_host_weight
+        "optimizer must have the loss's",  # test_the_optimizer_must_have_the_parameters
     ],
     _sharded: OF_SHARDS, _sharded_state: OF_SHARDS,
     # Of groups of processes: test_collectives, test_gathered, test_ddp_hook.

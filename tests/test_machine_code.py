@@ -269,6 +269,23 @@ def test_vector_reductions_are_required_where_they_exist():
     assert not table.required(UPDATE, "sm_90", wide)
 
 
+@pytest.mark.parametrize(
+    ("name", "loads"), [("row_step_kernel<Half,true>", 7), ("segment_steps_kernel<float,BFloat16,16>", 9)]
+)
+def test_wide_steps_need_wide_loads(name, loads):
+    wide, fewer = Facts(64, 0, 0, loads, 0, None), Facts(64, 0, 0, loads - 1, 0, None)
+    assert not table.required(name, "sm_80", wide)
+    assert table.required(name, "sm_80", fewer) == [f"ld16: {loads - 1}, in a kernel that loads {loads} vectors"]
+    assert not table.required(name.replace("true", "false").replace("16>", "0>"), "sm_80", fewer)
+
+
+def test_wide_scatters_need_vector_reductions():
+    name, three = "scatter_step_kernel<4,true>", Facts(64, 0, 0, 3, 3, None)
+    assert not table.required(name, "sm_80", three)
+    assert not table.required(name, "sm_90", dataclasses.replace(three, wide_reductions=4))
+    assert table.required(name, "sm_90", three) == ["red16: 3, in a kernel that adds to 4 vectors"]
+
+
 def test_kernels_missing_on_either_side():
     known, present = in_every_architecture(GOOD, "join_kernel<float>"), in_every_architecture(GOOD, "joined_kernel")
     failures, _ = table.compare(known, present, 0.1)
@@ -294,5 +311,8 @@ def test_names():
     assert facts_of_code.shape_of(name) == facts_of_code.Shape(16, 4, 8, 1024, 8, "whole")
     assert short("nce::cuda::(anonymous namespace)::sample_kernel(nce::cuda::Sample)") == "sample_kernel"
     assert short("void cub::detail::EmptyKernel<void>()") is None
+    steps = short("void nce::cuda::segment_steps_kernel<float, nce::cuda::Half, (nce::cuda::Access)16>(nce::RowStep)")
+    assert steps == "segment_steps_kernel<float,Half,16>"
+    assert facts_of_code.shape_of(steps) is None
     segments = facts_of_code.shape_of("segment_sums_kernel<double,double,8>")
     assert segments == facts_of_code.Shape(8, 4, 4, 512, 0, "")

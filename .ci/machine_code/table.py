@@ -32,6 +32,12 @@ ALLOWED_SPILLS: dict[str, str] = {
     "sampled_loss_kernel<Half,RowShape<4,32,2,3,false,true>,0,whole>": BY_ELEMENTS,
 }
 
+# Kernels without a row loop to count in, whose wide variants must access memory by 16 bytes all the same. At the least,
+# loads of a step: 3 of a row's numbers, one each of its weights, of two states, and of its gradient or of 4 hidden
+# vectors; 16-bit weights that stand beside float32 hidden vectors take 8 bytes.
+WIDE_STEPS = {r"row_step_kernel<\w+,true>": 7, r"segment_steps_kernel<\w+,\w+,16>": 9}
+WIDE_SCATTERS = re.compile(r"scatter_step_kernel<(\d+),true>")
+
 HEADER = """\
 # Machine code of the CUDA kernels, compared by .ci/machine_code and written by its --update.
 # nvcc {release}
@@ -127,6 +133,12 @@ def required(name: str, architecture: str, facts: Facts) -> list[str]:
     wrong = []
     if (facts.spills or facts.local_bytes) and not ALLOWED_SPILLS.get(name):
         wrong.append(f"spill: {facts.spills} accesses to local memory, {facts.local_bytes} bytes of it; allowed: 0")
+    for pattern, loads in WIDE_STEPS.items():
+        if re.fullmatch(pattern, name) and facts.wide_loads < loads:
+            wrong.append(f"ld16: {facts.wide_loads}, in a kernel that loads {loads} vectors")
+    scatter = WIDE_SCATTERS.fullmatch(name)
+    if scatter and architecture in VECTOR_REDUCTIONS and facts.wide_reductions < int(scatter[1]):
+        wrong.append(f"red16: {facts.wide_reductions}, in a kernel that adds to {scatter[1]} vectors")
     shape = shape_of(name)
     if shape is None:
         return wrong

@@ -216,6 +216,31 @@ __device__ __forceinline__ void load_elements(const void* rows, int64_t offset, 
   }
 }
 
+// Elements first .. first + kCount - 1 of a row, as far as it has them. kWide: they lie at a multiple of 16 bytes, or
+// of their size if that is less, and the row has all of them or none.
+template <int kCount, bool kWide, class Stored>
+__device__ __forceinline__ void store_elements_of(Stored* row, int first, int dim, const Stored* values) {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(Stored));
+  if constexpr (!kWide) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (first + e < dim) row[first + e] = values[e];
+    }
+  } else if constexpr (kBytes == 8) {
+    uint2 words;
+    std::memcpy(&words, values, 8);
+    if (first < dim) *reinterpret_cast<uint2*>(row + first) = words;
+  } else {
+    static_assert(kBytes % 16 == 0);
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      Vector words;
+      std::memcpy(words.word, values + i * kPerVector<Stored>, 16);
+      if (first < dim) reinterpret_cast<Vector*>(row + first)[i] = words;
+    }
+  }
+}
+
 // Whether every run of `count` elements of every row can be read by vectors.
 __device__ __forceinline__ bool wide_rows(const void* base, int64_t stride, int64_t dim, Storage storage, int count) {
   return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * bytes_of(storage) % 16 == 0 && dim % count == 0;

@@ -16,27 +16,19 @@ namespace {
 
 constexpr int kThreads = 256;
 
-Tensor scratch(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
 template <class T>
 T* data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-struct Work {
-  RowGradCall call;
-  RowGradTiles p{};
-  Tensor classes, pairs, counts, partial_rows, partial_bias;
-};
+}  // namespace
 
-Work sort_pairs(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
-                int64_t n_classes, ScalarType dtype, bool with_rows, bool by_class, const OnDevice& device) {
+RowGradWork sort_row_grad(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
+                          int64_t n_classes, ScalarType dtype, bool with_rows, bool by_class, const OnDevice& device) {
   const RowGradCall call = check_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype);
   const int64_t n = call.n_pairs, tile_pairs = tile_pairs_for(n), n_tiles = (n + tile_pairs - 1) / tile_pairs;
   const ScalarType compute = compute_type(call.hidden_storage);
-  Work work{
+  RowGradWork work{
       call,
       {},
       torch::stable::new_empty(ids, {n}, ScalarType::Int),
@@ -93,8 +85,17 @@ Work sort_pairs(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss
   return work;
 }
 
+void list_segments(const RowGradTiles& p, int64_t n_rows, const OnDevice& device) {
+  static Occupancy listing;
+  constexpr int kTilesPerBlock = kThreads / kWarp;
+  launch_persistent(list_segments_kernel, (p.n_tiles + kTilesPerBlock - 1) / kTilesPerBlock, kThreads, 0, device,
+                    listing, p, n_rows);
+}
+
+namespace {
+
 // The number of segments, for which the host has to wait.
-int64_t count_segments(const Work& work, const OnDevice& device) {
+int64_t count_segments(const RowGradWork& work, const OnDevice& device) {
   if (work.call.n_pairs == 0) return 0;
   uint32_t count = 0;
   check_cuda(cudaMemcpyAsync(&count, work.p.segments_before + work.p.n_tiles, sizeof count, cudaMemcpyDeviceToHost,
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
                                             int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias,
                                             bool padded) {
   const OnDevice device(hidden);
-  Work work = sort_pairs(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, false, device);
+  RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, false, device);
   const int64_t n_rows = padded ? padded_rows(work.call) : count_segments(work, device);
   Tensor classes = torch::stable::new_empty(ids, {n_rows}, ScalarType::Long);
   Tensor rows = torch::stable::new_empty(hidden, {with_rows ? n_rows : 0, work.call.dim}, dtype);
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
 std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes,
                                           ScalarType dtype, bool with_rows, bool with_bias) {
   const OnDevice device(hidden);
-  Work work = sort_pairs(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, true, device);
+  RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, true, device);
   Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, work.call.dim}, dtype);
   Tensor bias = torch::stable::new_zeros(hidden, {with_bias ? n_classes : 0}, dtype);
   if (with_rows) work.p.rows = rows.mutable_data_ptr();

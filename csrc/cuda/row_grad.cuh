@@ -31,7 +31,7 @@ struct RowGradTiles {
 
   const uint32_t* segments_before;  // [n_tiles + 1]: segments that begin before each tile; null if by_class
   bool by_class;                    // row of a class is its number (dense), else the rank of its segment (COO)
-  void* rows;                       // of the weight's storage, or null
+  void* rows;                       // of the weight's storage; null: no rows are summed
   void* bias;                       // likewise
   int64_t* segment_class;           // COO: the class of each segment, or null
   void* partial_rows;               // compute, [2 n_tiles, dim]: of what enters a tile, and of what leaves it
@@ -76,27 +76,10 @@ struct SegmentSums {
   // kPer, and every lane has all of its elements or none.
   template <class Out>
   __device__ __forceinline__ void store(Out* row) const {
-    constexpr int kBytes = kPer * static_cast<int>(sizeof(Out));
     Out narrowed[kPer];
 #pragma unroll
     for (int e = 0; e < kPer; ++e) narrow(sums[e], narrowed + e);
-    if constexpr (kAccess != Access::kBytes16) {
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) {
-        if (element + e < dim) row[element + e] = narrowed[e];
-      }
-    } else if constexpr (kBytes == 8) {
-      uint2 words;
-      std::memcpy(&words, narrowed, 8);
-      if (element < dim) *reinterpret_cast<uint2*>(row + element) = words;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kBytes / 16; ++i) {
-        Vector words;
-        std::memcpy(words.word, narrowed + i * kPerVector<Out>, 16);
-        if (element < dim) reinterpret_cast<Vector*>(row + element)[i] = words;
-      }
-    }
+    store_elements_of<kPer, kAccess == Access::kBytes16>(row, element, dim, narrowed);
   }
 
   __device__ __forceinline__ void write(int64_t row, uint32_t segment_class) const {
@@ -112,7 +95,57 @@ struct SegmentSums {
     if (slice == 0 && lane == 0) static_cast<Real*>(p.partial_bias)[at] = bias;
   }
 
-  __device__ __forceinline__ void run() {
+  __device__ __forceinline__ Vector load_hidden(int64_t from, bool wanted) const {
+    const auto* row = reinterpret_cast<const char*>(static_cast<const Hidden*>(p.hidden) + from);
+    const int at = element * static_cast<int>(sizeof(Hidden)), bytes = dim * static_cast<int>(sizeof(Hidden));
+    return load_vector<Hidden, kAccess>(row, at, bytes, p.rows && wanted);
+  }
+
+  __device__ __forceinline__ void add(Real c, const Vector& x) {
+    const auto part = unpack<Hidden>(x);
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) sums[e] = multiply_add(c, static_cast<Real>(part.element[e]), sums[e]);
+    bias += c;
+  }
+
+  // Adds the pairs of `count` lanes, of which those in `ends` are the last of their segments, a segment after the
+  // other: registers that hold hidden vectors are free where a segment is finished, and the code for that is there
+  // once.
+  template <class Finish>
+  __device__ __forceinline__ void add_by_segment(const Finish& finish, Real coefficient, int64_t offset, uint32_t own,
+                                                 int count, uint32_t ends, bool& entered, int64_t& rank) {
+    for (int j = 0; j < count;) {
+      // Pairs to the end of the open segment; 0 if it goes on behind these lanes.
+      const int until = __ffs(static_cast<int>(ends >> j));
+      const bool ended = until > 0 && until <= kRows;
+      const int n = ended ? until : count - j < kRows ? count - j : kRows;
+      Vector x[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        x[r] = load_hidden(__shfl_sync(kAllLanes, offset, j + r), r < n);
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Real c = __shfl_sync(kAllLanes, coefficient, j + r);
+        add(r < n ? c : Real(0), x[r]);
+      }
+      j += n;
+      if (!ended) continue;
+      const uint32_t segment_class = __shfl_sync(kAllLanes, own, j - 1);
+      if (entered) {
+        write_partial(false);
+      } else {
+        finish(*this, rank++, segment_class);
+      }
+      entered = false;
+      clear();
+    }
+  }
+
+  // finish(*this, row, class) gets the segments that begin and end in this tile. Finish::kLong: its code is long, and
+  // is to be there once.
+  template <class Finish>
+  __device__ __forceinline__ void run(const Finish& finish) {
     const int64_t first = tile * p.tile_pairs;
     const int64_t last = first + p.tile_pairs < p.n_pairs ? first + p.tile_pairs : p.n_pairs;
     bool entered = first > 0 && p.classes[first - 1] == p.classes[first];  // the open segment began before
@@ -135,31 +168,29 @@ struct SegmentSums {
       }
       const int count = __popc(__ballot_sync(kAllLanes, own != kNoClass));  // those without a class come last
       const uint32_t ends = __ballot_sync(kAllLanes, own != kNoClass && next != own);
-      for (int j = 0; j < count; j += kRows) {
-        Vector x[kRows];
+      if constexpr (Finish::kLong) {
+        add_by_segment(finish, coefficient, offset, own, count, ends, entered, rank);
+      } else {
+        for (int j = 0; j < count; j += kRows) {
+          Vector x[kRows];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t from = __shfl_sync(kAllLanes, offset, j + r);
-          const auto* row = reinterpret_cast<const char*>(static_cast<const Hidden*>(p.hidden) + from);
-          const int at = element * static_cast<int>(sizeof(Hidden)), bytes = dim * static_cast<int>(sizeof(Hidden));
-          x[r] = load_vector<Hidden, kAccess>(row, at, bytes, p.rows && j + r < count);
-        }
+          for (int r = 0; r < kRows; ++r) {
+            x[r] = load_hidden(__shfl_sync(kAllLanes, offset, j + r), j + r < count);
+          }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const Real c = __shfl_sync(kAllLanes, coefficient, j + r);
-          const uint32_t segment_class = __shfl_sync(kAllLanes, own, j + r);
-          const auto part = unpack<Hidden>(x[r]);
-#pragma unroll
-          for (int e = 0; e < kPer; ++e) sums[e] = multiply_add(c, static_cast<Real>(part.element[e]), sums[e]);
-          bias += c;
-          if (j + r < count && ((ends >> (j + r)) & 1u)) {
-            if (entered) {
-              write_partial(false);
-            } else {
-              write(p.by_class ? static_cast<int64_t>(segment_class) : rank++, segment_class);
+          for (int r = 0; r < kRows; ++r) {
+            const Real c = __shfl_sync(kAllLanes, coefficient, j + r);
+            const uint32_t segment_class = __shfl_sync(kAllLanes, own, j + r);
+            add(c, x[r]);
+            if (j + r < count && ((ends >> (j + r)) & 1u)) {
+              if (entered) {
+                write_partial(false);
+              } else {
+                finish(*this, p.by_class ? static_cast<int64_t>(segment_class) : rank++, segment_class);
+              }
+              entered = false;
+              clear();
             }
-            entered = false;
-            clear();
           }
         }
       }
@@ -169,16 +200,29 @@ struct SegmentSums {
   }
 };
 
+struct WriteRow {
+  static constexpr bool kLong = false;
+  template <class Sums>
+  __device__ __forceinline__ void operator()(const Sums& sums, int64_t row, uint32_t segment_class) const {
+    sums.write(row, segment_class);
+  }
+};
+
 // n_slices: how many times kWarp vectors of hidden make a row. Slices are the outer loop: all tiles of one read the
 // same part of hidden, which then stays in the second-level cache.
-template <class Stored, class Hidden, Access kAccess>
-__global__ void __launch_bounds__(256) segment_sums_kernel(const __grid_constant__ RowGradTiles p, int n_slices) {
+template <class Stored, class Hidden, Access kAccess, class Finish>
+__device__ __forceinline__ void sum_tiles(const RowGradTiles& p, int n_slices, const Finish& finish) {
   const int64_t n_warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
   for (int64_t item = blockIdx.x * (blockDim.x / kWarp) + warp_of_block(); item < p.n_tiles * n_slices;
        item += n_warps) {
     const int slice = static_cast<int>(item / p.n_tiles);
-    SegmentSums<Stored, Hidden, kAccess>{p, item - slice * p.n_tiles, slice}.run();
+    SegmentSums<Stored, Hidden, kAccess>{p, item - slice * p.n_tiles, slice}.run(finish);
   }
+}
+
+template <class Stored, class Hidden, Access kAccess>
+__global__ void __launch_bounds__(256) segment_sums_kernel(const __grid_constant__ RowGradTiles p, int n_slices) {
+  sum_tiles<Stored, Hidden, kAccess>(p, n_slices, WriteRow{});
 }
 
 }  // namespace nce::cuda

@@ -56,10 +56,14 @@ __device__ __forceinline__ Crossing crossing_of(const RowGradTiles& p, int64_t t
   return c;
 }
 
+__device__ __forceinline__ uint32_t class_of(const RowGradTiles& p, const Crossing& c) {
+  return p.classes[(c.tile + 1) * p.tile_pairs];
+}
+
 template <class Stored>
 __device__ __forceinline__ void write_joined(const RowGradTiles& p, const Crossing& c,
                                              const PartialSum<Compute<Stored>>& sum, int lane) {
-  const uint32_t segment_class = p.classes[(c.tile + 1) * p.tile_pairs];
+  const uint32_t segment_class = class_of(p, c);
   const int64_t row = p.by_class ? static_cast<int64_t>(segment_class) : int64_t{p.segments_before[c.tile + 1]} - 1;
   if (p.rows) {
 #pragma unroll
@@ -79,11 +83,9 @@ constexpr size_t join_shared_bytes() {
 }
 
 // Blocks of kJoinWarps warps. A warp looks at one tile, and finishes a segment of a few tiles alone; a longer one is
-// left to the whole block, each warp taking an eighth of its tiles.
-template <class Stored>
-__global__ void __launch_bounds__(kJoinWarps* kWarp)
-    join_segments_kernel(const __grid_constant__ RowGradTiles p, int n_slices) {
-  using Real = Compute<Stored>;
+// left to the whole block, each warp taking an eighth of its tiles. finish(crossing, sum, lane) gets the segments.
+template <class Real, class Finish>
+__device__ __forceinline__ void join_tiles(const RowGradTiles& p, int n_slices, const Finish& finish) {
   auto* crossings = shared_memory<Crossing>();
   auto* parts = reinterpret_cast<Real*>(crossings + kJoinWarps);  // [kJoinWarps, kJoinSlice], then [kJoinWarps]
   Real* part_bias = parts + kJoinWarps * kJoinSlice;
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
       PartialSum<Real> sum{};
       sum.add(p, 2 * mine.tile + 1, mine.slice, lane);
       for (int64_t t = 1; t <= mine.n_entered; ++t) sum.add(p, 2 * (mine.tile + t), mine.slice, lane);
-      write_joined<Stored>(p, mine, sum, lane);
+      finish(mine, sum, lane);
       mine.n_entered = 0;
     }
     if (lane == 0) crossings[warp] = mine;
@@ -121,12 +123,20 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
           for (int e = 0; e < kJoinElements; ++e) total.element[e] += parts[part * kJoinSlice + e * kWarp + lane];
           total.bias += part_bias[part];
         }
-        write_joined<Stored>(p, c, total, lane);
+        finish(c, total, lane);
       }
       __syncthreads();
     }
     __syncthreads();
   }
+}
+
+template <class Stored>
+__global__ void __launch_bounds__(kJoinWarps* kWarp)
+    join_segments_kernel(const __grid_constant__ RowGradTiles p, int n_slices) {
+  join_tiles<Compute<Stored>>(p, n_slices, [&](const Crossing& c, const PartialSum<Compute<Stored>>& sum, int lane) {
+    write_joined<Stored>(p, c, sum, lane);
+  });
 }
 
 }  // namespace nce::cuda

@@ -33,6 +33,23 @@ static __global__ void __launch_bounds__(256)
   }
 }
 
+// segment_class[s] = class of segment s, as far as there is room.
+static __global__ void __launch_bounds__(256)
+    list_segments_kernel(const __grid_constant__ RowGradTiles p, int64_t n_rows) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t n_warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
+  for (int64_t tile = blockIdx.x * (blockDim.x / kWarp) + warp_of_block(); tile < p.n_tiles; tile += n_warps) {
+    int64_t rank = p.segments_before[tile];
+    for (int64_t i = tile * p.tile_pairs; i < (tile + 1) * p.tile_pairs && i < p.n_pairs; i += kWarp) {
+      const bool begins = i + lane < p.n_pairs && begins_segment(p, i + lane);
+      const uint32_t all = __ballot_sync(kAllLanes, begins);
+      const int64_t own = rank + __popc(all & ((1u << lane) - 1u));
+      if (begins && own < n_rows) p.segment_class[own] = p.classes[i + lane];
+      rank += __popc(all);
+    }
+  }
+}
+
 static __global__ void __launch_bounds__(256) number_pairs_kernel(uint32_t* pairs, int64_t n) {
   const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += n_threads) {

@@ -76,6 +76,12 @@ __device__ __forceinline__ T read_once(const T* at) {
   return __ldg(at);
 }
 
+// An ordinary read of 16 bytes, by one instruction: of a Vector the compiler makes four.
+__device__ __forceinline__ Vector read16(const void* at) {
+  const uint4 words = *static_cast<const uint4*>(at);
+  return Vector{{words.x, words.y, words.z, words.w}};
+}
+
 // A read of memory that other threads may be changing: some value that was there, never from a cache that could keep
 // an old one for good.
 template <class T>

@@ -82,6 +82,43 @@ inline py::array poisoned(const py::dtype& type, const Shape& shape) {
   return a;
 }
 
+// Scratch of exactly `bytes`, poisoned by NaN.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(size_t bytes) : memory_(static_cast<unsigned char*>(::operator new(bytes))) {
+    std::memset(memory_.get(), 0xFF, bytes);
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { ::operator delete(p); }
+  };
+  std::unique_ptr<unsigned char[], Free> memory_;
+};
+
+// Pairs as the library's kernels sort and number them, and all that their sums need; by rank of a class unless
+// by_class.
+struct PairsOfArrays {
+  PairsOfArrays(const py::array& ids, const py::array& dlogit, const py::array& grad_loss, const py::array& hidden,
+                int64_t n_classes, int64_t tile_pairs, bool with_rows, bool by_class, const Launch& how);
+
+  RowGradTiles p{};
+  Storage hidden_storage;
+  int64_t n_segments = 0, n_padded;  // n_padded: as many as there can be
+  Scratch numbers, classes, pairs, counts, partial_rows, partial_bias;
+};
+
+// p.segment_class[s] = class of segment s.
+void list_segments(const RowGradTiles& p, int64_t n_rows, const Launch& how);
+
+void bind_row_grad(py::module_& m);
+void bind_row_step(py::module_& m);
+void bind_scatter_step(py::module_& m);
 void bind_shared_loss(py::module_& m);
 
 }  // namespace emulated

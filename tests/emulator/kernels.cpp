@@ -1,6 +1,5 @@
 // The Python module emulated_kernels: the CUDA kernels on numpy arrays, run by the emulator of the grid.
 #include <cmath>
-#include <numeric>
 
 #include "arrays.h"
 #include "sample.cuh"
@@ -11,24 +10,6 @@ namespace {
 using nce::AliasEntry;
 using nce::Noise;
 using nce::NoiseKind;
-
-// Scratch of exactly `bytes`, poisoned by NaN.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : memory_(static_cast<unsigned char*>(::operator new(bytes))) {
-    std::memset(memory_.get(), 0xFF, bytes);
-  }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(memory_.get());
-  }
-
- private:
-  struct Free {
-    void operator()(unsigned char* p) const { ::operator delete(p); }
-  };
-  std::unique_ptr<unsigned char[], Free> memory_;
-};
 
 Noise noise_of(int kind, int64_t n_classes, const Array& table) {
   Noise noise = nce::noise_without_table(static_cast<NoiseKind>(kind), n_classes);
@@ -177,73 +158,6 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
   return outputs;
 }
 
-// layout: "exact" or "padded" for COO rows, "dense" for a row per class.
-py::dict row_grad(const py::array& ids, const py::array& dlogit, const py::array& grad_loss, const py::array& hidden,
-                  int64_t n_classes, const py::dtype& dtype, const std::string& layout, bool with_rows, bool with_bias,
-                  int64_t tile_pairs, int64_t grid, int warps, int access, uint64_t order) {
-  check(ids.ndim() == 2 && hidden.ndim() == 2, "ids and hidden must have two dimensions");
-  const int64_t batch = ids.shape(0), columns = ids.shape(1), n = batch * columns, dim = hidden.shape(1);
-  const Storage storage = storage_of("dtype", dtype), hidden_storage = storage_of("hidden", hidden.dtype());
-  const py::dtype compute = dtype_of(compute_of(hidden_storage));
-  const bool dense = layout == "dense";
-  const auto* unsorted = reinterpret_cast<const uint32_t*>(contiguous<int32_t>("ids", ids, {batch, columns}));
-  check(hidden.shape(0) == batch, "hidden must have B rows");
-  check_rows("hidden", hidden, dim);
-  check(grad_loss.dtype().is(compute) && grad_loss.ndim() == 1 && grad_loss.shape(0) == batch, "grad_loss must be [B]");
-  check(tile_pairs % kWarp == 0, "tile_pairs must be a multiple of a warp");
-
-  RowGradTiles p{};
-  p.dim = dim;
-  p.n_pairs = n;
-  p.tile_pairs = tile_pairs > 0 ? tile_pairs : nce::cuda::tile_pairs_for(n);
-  p.n_tiles = (n + p.tile_pairs - 1) / p.tile_pairs;
-  p.examples = nce::examples_of(static_cast<uint64_t>(columns));
-  p.dlogit = contiguous("dlogit", dlogit, compute, {batch, columns});
-  p.grad_loss = grad_loss.data();
-  p.grad_loss_stride = stride_of("grad_loss", grad_loss);
-  p.hidden = hidden.data();
-  p.hidden_stride = stride_of("hidden", hidden);
-  p.by_class = dense;
-  const size_t n_words = static_cast<size_t>(n) * sizeof(uint32_t), n_partial = 2 * static_cast<size_t>(p.n_tiles);
-  const Scratch numbers(n_words), classes(n_words), pairs(n_words);
-  const Scratch counts(dense ? 0 : (static_cast<size_t>(p.n_tiles) + 1) * sizeof(uint32_t));
-  const Scratch partial_rows(with_rows ? n_partial * dim * compute.itemsize() : 0);
-  const Scratch partial_bias(n_partial * compute.itemsize());
-  p.classes = classes.as<uint32_t>();
-  p.pairs = pairs.as<uint32_t>();
-  p.partial_rows = partial_rows.as<void>();
-  p.partial_bias = partial_bias.as<void>();
-
-  emulator::seed(order);
-  const Launch how{grid, warps, access};
-  int64_t n_rows = dense ? n_classes : layout == "padded" ? std::min(n, n_classes) : 0;
-  if (n > 0) {
-    number_pairs(numbers.as<uint32_t>(), n, how);
-    sort_pairs(unsorted, numbers.as<uint32_t>(), n, n_classes, classes.as<uint32_t>(), pairs.as<uint32_t>());
-    if (!dense) {
-      auto* before = counts.as<uint32_t>();
-      count_segments(p, before, how);
-      std::exclusive_scan(before, before + p.n_tiles + 1, before, uint32_t{0});
-      p.segments_before = before;
-      if (layout == "exact") n_rows = before[p.n_tiles];
-    }
-  }
-
-  py::dict outputs;
-  const auto output = [&](const char* name, const py::dtype& type, const Shape& shape) {
-    py::array a = poisoned(type, shape);
-    if (dense) std::memset(a.mutable_data(), 0, static_cast<size_t>(a.nbytes()));
-    outputs[name] = a;
-    return a.mutable_data();
-  };
-  if (!dense) p.segment_class = static_cast<int64_t*>(output("classes", py::dtype::of<int64_t>(), {n_rows}));
-  if (with_rows) p.rows = output("rows", dtype, {n_rows, dim});
-  if (with_bias) p.bias = output("bias", dtype, {n_rows});
-  sum_segments(p, storage, hidden_storage, how);
-  if (layout == "padded") clear_spare_rows(p, storage, n_rows, how);
-  return outputs;
-}
-
 }  // namespace
 }  // namespace emulated
 
@@ -264,8 +178,8 @@ PYBIND11_MODULE(emulated_kernels, m) {
         arg("label_smoothing") = 0.0, arg("temperature") = 0.0, arg("correct_positive") = true,
         arg("hidden_grad") = true, arg("row_grad") = true, arg("step") = none, arg("grid") = 0, arg("warps") = 0,
         arg("access") = -1, arg("order") = 0);
-  m.def("row_grad", &row_grad, arg("ids"), arg("dlogit"), arg("grad_loss"), arg("hidden"), arg("n_classes"),
-        arg("dtype"), arg("layout"), py::kw_only(), arg("with_rows") = true, arg("with_bias") = true,
-        arg("tile_pairs") = 0, arg("grid") = 0, arg("warps") = 0, arg("access") = -1, arg("order") = 0);
+  bind_row_grad(m);
+  bind_row_step(m);
+  bind_scatter_step(m);
   bind_shared_loss(m);
 }

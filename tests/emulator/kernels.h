@@ -68,12 +68,4 @@ void sampled_loss(const SampledLoss& p, Storage storage, const Launch& how);
 void whole_example(const SampledLoss& p, Storage storage, const Launch& how);
 void scatter(const SampledLoss& p, const InPlaceUpdate& update, const Launch& how);
 
-void number_pairs(uint32_t* pairs, int64_t n, const Launch& how);
-// In place of CUB: a stable sort by the bits that the library's sort looks at.
-void sort_pairs(const uint32_t* ids, const uint32_t* numbers, int64_t n, int64_t n_classes, uint32_t* classes,
-                uint32_t* pairs);
-void count_segments(const RowGradTiles& p, uint32_t* counts, const Launch& how);
-void sum_segments(const RowGradTiles& p, Storage storage, Storage hidden_storage, const Launch& how);
-void clear_spare_rows(const RowGradTiles& p, Storage storage, int64_t n_rows, const Launch& how);
-
 }  // namespace emulated
