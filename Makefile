@@ -48,7 +48,7 @@ demo: $(VENV)/.build $(VENV)/.corpus  ## train word vectors on real text, NCE ag
 examples: $(VENV)/.build $(VENV)/.examples $(VENV)/.examples-data  ## train all examples on real data; writes demo/
 	for name in language_model recommender knowledge_graph contrastive density; do \
 		$(BIN)/python examples/$$name.py --output demo || status=1; \
-	done; exit $${status:-0}
+	done; $(BIN)/torchrun --nproc-per-node 2 examples/sharded.py || status=1; exit $${status:-0}
 
 test: $(VENV)/.build $(VENV)/.test $(VENV)/.examples-data build/emulator/emulated_kernels.so  ## run the test suite
 	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
