@@ -34,8 +34,9 @@ ALLOWED_SPILLS: dict[str, str] = {
 
 # Kernels without a row loop to count in, whose wide variants must access memory by 16 bytes all the same. At the least,
 # loads of a step: 3 of a row's numbers, one each of its weights, of two states, and of its gradient or of 4 hidden
-# vectors; 16-bit weights that stand beside float32 hidden vectors take 8 bytes.
-WIDE_STEPS = {r"row_step_kernel<\w+,true>": 7, r"segment_steps_kernel<\w+,\w+,16>": 9}
+# vectors; 16-bit weights that stand beside float32 hidden vectors take 8 bytes. For sm_100 the compiler reads a pair of
+# doubles one by one.
+WIDE_STEPS = {r"row_step_kernel<(?!double)\w+,true>": 7, r"segment_steps_kernel<\w+,\w+,16>": 9}
 WIDE_SCATTERS = re.compile(r"scatter_step_kernel<(\d+),true>")
 
 HEADER = """\
