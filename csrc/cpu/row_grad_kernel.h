@@ -97,7 +97,7 @@ NCE_INLINE void sum_rows(const Chunk<Hidden, Real>& chunk, int64_t dim, const Ou
 // written by sink.row(s, class) or null, whether past the caches by sink.streamed(), and then sink.finish(s, class,
 // sum of the coefficients).
 template <class Summed, class Hidden, class Real, class Sink>
-NCE_INLINE void for_each_segment(const RowGrad& p, int64_t begin, int64_t end, Real* partial, Sink& sink) {
+NCE_INLINE void for_each_segment(const RowGrad& p, int64_t begin, int64_t end, Real* partial, const Sink& sink) {
   constexpr int64_t kAhead = 6;  // pairs; hidden rows of a segment lie anywhere in the batch
   const ExampleOf examples = examples_of(static_cast<uint64_t>(p.columns));
   const int64_t n_pairs = p.segment_start[end];
@@ -153,7 +153,7 @@ struct GradientSink {
 template <class Stored, class Hidden, class Real>
 NCE_INLINE void row_grad_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial) {
   const bool aligned = p.dim % kLanes == 0 && reinterpret_cast<uintptr_t>(p.values) % 64 == 0;
-  GradientSink<Stored, Real> sink{p, aligned};
+  const GradientSink<Stored, Real> sink{p, aligned};
   for_each_segment<Stored, Hidden>(p, begin, end, partial, sink);
 }
 

@@ -84,8 +84,9 @@ NCE_INLINE void step_elements(const RowNumbers<Real>& numbers, int64_t dim, cons
   }
 }
 
+// Not inline: it is called for a whole row, and would be there once for every type of hidden.
 template <class Stored, class Real>
-NCE_INLINE void step_row(const RowStep& p, int64_t row, const Real* gradient, Real* scratch) {
+static __attribute__((noinline)) void step_row(const RowStep& p, int64_t row, const Real* gradient, Real* scratch) {
   const RowNumbers<Real> n = numbers_of<Real>(p, row);
   Real* weights = begin_weights<Stored, Real>(p, row, scratch);
   Real* first = p.first ? static_cast<Real*>(p.first) + row * p.dim : nullptr;
@@ -157,69 +158,98 @@ static void row_step(const RowStep& p, const int64_t* classes, const void* gradi
   }
 }
 
+// Segments are summed into `gradient`, unless it is null, and handed to functions: so the code of the sums is there
+// once for all that is done with them.
+template <class Real>
+struct CalledSink {
+  Real* gradient;
+  const void* user;
+  void (*ahead_of)(const void* user, int64_t s);
+  void (*finish_of)(const void* user, int64_t s, int64_t row, Real bias);
+
+  NCE_INLINE_LAMBDA inline void ahead(int64_t s) const { ahead_of(user, s); }
+  NCE_INLINE_LAMBDA inline Real* row(int64_t, int64_t) const { return gradient; }
+  NCE_INLINE_LAMBDA inline bool streamed() const { return false; }
+  NCE_INLINE_LAMBDA inline void finish(int64_t s, int64_t row, Real bias) const { finish_of(user, s, row, bias); }
+};
+
+template <class Real>
+static __attribute__((noinline)) void call_for_segments(const RowGrad& p, int64_t begin, int64_t end, Real* partial,
+                                                        const CalledSink<Real>& sink) {
+  with_hidden_type<Real>(p.hidden_storage, [&]<class Hidden>(const Hidden*) NCE_INLINE_LAMBDA {
+    for_each_segment<Real, Hidden>(p, begin, end, partial, sink);
+  });
+}
+
 // Segments become steps on their rows; only the bias's gradient is written.
-template <class Stored, class Real>
-struct StepSink {
+template <class Real>
+struct SegmentSteps {
   const RowGrad& p;
   const RowStep& step;
   int64_t end;
   Real *gradient, *weights;
-
-  NCE_INLINE_LAMBDA inline void ahead(int64_t s) const {
-    if (s + kRowsAhead >= end) return;
-    const auto row = static_cast<int64_t>(p.pairs[p.segment_start[s + kRowsAhead]] >> 32);
-    prefetch_step<Stored, Real>(step, row);
-  }
-  NCE_INLINE_LAMBDA inline Real* row(int64_t, int64_t) const { return gradient; }
-  NCE_INLINE_LAMBDA inline bool streamed() const { return false; }
-  NCE_INLINE_LAMBDA inline void finish(int64_t s, int64_t segment_class, Real bias) const {
-    step_row<Stored, Real>(step, segment_class, gradient, weights);
-    if (p.bias) store_first(static_cast<Stored*>(p.bias) + s, Vec<Real>(bias), 1);
-  }
 };
+
+template <class Stored, class Real>
+static void prefetch_segment(const void* user, int64_t s) {
+  const auto& of = *static_cast<const SegmentSteps<Real>*>(user);
+  if (s + kRowsAhead >= of.end) return;
+  prefetch_step<Stored, Real>(of.step, static_cast<int64_t>(of.p.pairs[of.p.segment_start[s + kRowsAhead]] >> 32));
+}
+
+template <class Stored, class Real>
+static void step_segment(const void* user, int64_t s, int64_t row, Real bias) {
+  const auto& of = *static_cast<const SegmentSteps<Real>*>(user);
+  step_row<Stored, Real>(of.step, row, of.gradient, of.weights);
+  if (of.p.bias) store_first(static_cast<Stored*>(of.p.bias) + s, Vec<Real>(bias), 1);
+}
 
 template <class Stored, class Real>
 static void row_grad_step(const RowGrad& p, const RowStep& step, int64_t begin, int64_t end, void* scratch) {
   if (begin == end) return;
   const int64_t padded = (p.dim + kLanes - 1) / kLanes * kLanes;
   Real *partial = static_cast<Real*>(scratch), *gradient = partial + padded;
-  StepSink<Stored, Real> sink{p, step, end, gradient, gradient + padded};
-  with_hidden_type<Real>(p.hidden_storage, [&]<class Hidden>(const Hidden*) NCE_INLINE_LAMBDA {
-    for_each_segment<Real, Hidden>(p, begin, end, partial, sink);
-  });
+  const SegmentSteps<Real> steps{p, step, end, gradient, gradient + padded};
+  call_for_segments(p, begin, end, partial,
+                    CalledSink<Real>{gradient, &steps, prefetch_segment<Stored, Real>, step_segment<Stored, Real>});
 }
 
 // squares[s]: squared norm of segment s's gradient row, and of its bias's element.
 template <class Real>
-struct NormSink {
+struct SegmentNorms {
   int64_t dim;
-  bool with_rows, with_bias;
-  Real* gradient;
+  const Real* gradient;  // null: without rows
+  bool with_bias;
   double* squares;
-
-  NCE_INLINE_LAMBDA inline void ahead(int64_t) const {}
-  NCE_INLINE_LAMBDA inline Real* row(int64_t, int64_t) const { return with_rows ? gradient : nullptr; }
-  NCE_INLINE_LAMBDA inline bool streamed() const { return false; }
-  NCE_INLINE_LAMBDA inline void finish(int64_t s, int64_t, Real bias) const {
-    double lanes[kLanes] = {};
-    int64_t d = 0;
-    for (; with_rows && d + kLanes <= dim; d += kLanes) {
-      for (int i = 0; i < kLanes; ++i) lanes[i] += static_cast<double>(gradient[d + i]) * gradient[d + i];
-    }
-    for (int i = 0; with_rows && d + i < dim; ++i) lanes[i] += static_cast<double>(gradient[d + i]) * gradient[d + i];
-    squares[s] = sum(load(lanes)) + (with_bias ? static_cast<double>(bias) * bias : 0);
-  }
 };
+
+template <class Real>
+static void square_segment(const void* user, int64_t s, int64_t, Real bias) {
+  const auto& of = *static_cast<const SegmentNorms<Real>*>(user);
+  const int64_t dim = of.gradient ? of.dim : 0;
+  double lanes[kLanes] = {};
+  const auto add = [&](int64_t d, int lane) NCE_INLINE_LAMBDA {
+    const auto g = static_cast<double>(of.gradient[d]);
+    lanes[lane] += g * g;
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    for (int i = 0; i < kLanes; ++i) add(d + i, i);
+  }
+  for (int i = 0; d + i < dim; ++i) add(d + i, i);
+  of.squares[s] = sum(load(lanes)) + (of.with_bias ? static_cast<double>(bias) * static_cast<double>(bias) : 0);
+}
+
+static void nothing_ahead(const void*, int64_t) {}
 
 template <class Real>
 static void row_grad_norm(const RowGrad& p, bool with_rows, bool with_bias, int64_t begin, int64_t end, void* scratch,
                           double* squares) {
   if (begin == end) return;
   Real* partial = static_cast<Real*>(scratch);
-  NormSink<Real> sink{p.dim, with_rows, with_bias, partial + (p.dim + kLanes - 1) / kLanes * kLanes, squares};
-  with_hidden_type<Real>(p.hidden_storage, [&]<class Hidden>(const Hidden*) NCE_INLINE_LAMBDA {
-    for_each_segment<Real, Hidden>(p, begin, end, partial, sink);
-  });
+  Real* gradient = with_rows ? partial + (p.dim + kLanes - 1) / kLanes * kLanes : nullptr;
+  const SegmentNorms<Real> norms{p.dim, gradient, with_bias, squares};
+  call_for_segments(p, begin, end, partial, CalledSink<Real>{gradient, &norms, nothing_ahead, square_segment<Real>});
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE
