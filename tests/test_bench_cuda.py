@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDS_GPU = {"ceilings", "graphs", "host-memory", "more-ceilings"}
 SECTIONS = {
     "matmul", "forward", "steps", "compiled", "softmax", "objectives", "epilogue", "draws", "hogwild", "memory",
+    "optimizers",
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("native")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import nce_ext
-from bench.cuda import family, forward, host_memory, noise, report, steps
+from bench.cuda import family, forward, host_memory, noise, optimizers, report, steps
 from bench.cuda.measure import DoesNotFit, release
 from bench.cuda.report import Recorder
 from bench.cuda.run import Job, Run
@@ -35,6 +35,7 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Job]]] = {
     "epilogue": family.epilogue,
     "draws": noise.draws,
     "hogwild": steps.hogwild,
+    "optimizers": optimizers.optimizers,
     "memory": noise.memory,
     "graphs": steps.graphs,
     "host-memory": host_memory.host_memory,
