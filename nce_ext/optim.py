@@ -6,8 +6,8 @@
 Constructors and defaults are torch's, and so is every step on a parameter whose gradient is dense. A parameter with
 sparse gradients (COO, as the losses of this package and ``nn.Embedding(sparse=True)`` make them) is stepped row by row:
 rows without a gradient, and their states, stay as they are to the last bit. What that means is each class's lazy rule;
-where every row is touched at every step it is the rule of torch. Gradients whose rows repeat, of several backward passes
-or of ``sparse="padded"``, are summed first, for which CUDA has to wait for the number of touched rows.
+where every row is touched at every step it is the rule of torch. Gradients whose rows repeat, of several backward
+passes or of ``sparse="padded"``, are summed first, for which CUDA has to wait for the number of touched rows.
 
 16-bit weights have float32 state here. ``rounding="stochastic"`` rounds the new weight up or down at random, so that
 its expected value is right and steps smaller than the distance between two numbers are not lost; "master" keeps the
