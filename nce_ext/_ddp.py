@@ -46,10 +46,16 @@ class RowSparseDDP(DistributedDataParallel):
     Attributes:
         collectives: whose ``sent_bytes`` counts what sparse gradients cost.
 
-    Raises: as DistributedDataParallel. RuntimeError: a PyTorch whose DDP cannot be told what is sparse.
+    Raises: as DistributedDataParallel. ValueError: a module with a loss that has a fused optimizer. RuntimeError: a
+        PyTorch whose DDP cannot be told what is sparse.
     """
 
     def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
+        if any(isinstance(m, _SampledLoss) and m._fused is not None for m in module.modules()):
+            raise ValueError(
+                "module must hold no loss with a fused optimizer, for whose gradient DDP would wait; keep the loss "
+                "outside, and give fuse_optimizer the process_group"
+            )
         # The option has a new name since torch 2.13; the fourth argument is the old one.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         if len(arguments) < 4 and "broadcast_buffers" not in options:

@@ -12,6 +12,9 @@ from ranks.ddp_training import DIM, STEPS, Model, batches
 from tolerances import assert_close
 from torchrun import torchrun
 
+import nce_ext
+from nce_ext.distributed import RowSparseDDP
+
 WORLDS = [1, 2, 3]
 
 
@@ -135,3 +138,11 @@ def test_refusals_leave_the_gradients_alone():
         assert told["kept"]
     assert reports(3)[0]["by hand"]["no tensor"] == "TypeError: parameters must be tensors, got NoneType at index 0"
     assert "rank 0 raised TypeError: parameters must be tensors" in reports(3)[2]["by hand"]["no tensor"]
+
+
+def test_a_fused_loss_is_refused():
+    """Its gradient never comes, and DDP would wait for it."""
+    loss_fn = nce_ext.NCELoss(4, 6, nce_ext.noise.Uniform(6), 2, sparse=True)
+    loss_fn.fuse_optimizer(nce_ext.optim.SGD(loss_fn.parameters()))
+    with pytest.raises(ValueError, match="module must hold no loss with a fused optimizer"):
+        RowSparseDDP(torch.nn.Sequential(loss_fn))

@@ -167,7 +167,7 @@ TABLES = {
     # Of groups of processes: test_collectives, test_gathered, test_ddp_hook.
     _collectives: ["group must be one of which this process", "group must be a ProcessGroup or None"],
     _gathered: [*messages(parametrized(test_gathered.test_options)), "rows must be a tensor"],
-    _ddp: ["parameters must be tensors", "parameters must have row-sparse"],
+    _ddp: ["module must hold no loss with", "parameters must be tensors", "parameters must have row-sparse"],
 }  # fmt: skip
 
 
