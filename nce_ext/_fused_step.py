@@ -281,7 +281,7 @@ class FusedStep:
         weight, *bias = self._parameters
         classes, rows, elements = _ops.row_grad(*merged, weight.shape[0], weight.dtype, True, bool(bias), False)
         for p, values in zip(self._parameters, (rows, elements), strict=False):
-            own = torch.sparse_coo_tensor(classes[None], values, p.shape, is_coalesced=True, check_invariants=False)
+            own = _ops.coo(classes, values, tuple(p.shape), True)
             p.grad = own if p.grad is None else p.grad + own
 
     def _factor(self) -> float:

@@ -36,7 +36,7 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
 
 def sampled_loss(*args: Any) -> Tensor:
     """Per-example loss [B] of the fused operator; arguments as in its schema."""
-    return torch.ops.nce_ext.sampled_loss(*args)[0]
+    return sampled_loss_parts(*args)[0]
 
 
 def sampled_loss_parts(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ def coalesce(gradient: Tensor) -> Tensor:
     classes, rows, _ = row_grad(
         classes.int()[:, None], one[:, None].contiguous(), one, rows, size[0], values.dtype, True, False, False
     )
-    return _coo(classes, rows.reshape(-1, *values.shape[1:]), tuple(size), True)
+    return coo(classes, rows.reshape(-1, *values.shape[1:]), tuple(size), True)
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -302,9 +302,9 @@ def _give_row_gradients(ctx, inputs, layout: int, classes: Tensor, rows: Tensor,
     if layout == COALESCED and not torch.compiler.is_compiling():
         _remember(classes, needs_weight + needs_bias)
     if needs_weight:
-        inputs[1] = _coo(classes, rows, (ctx.n_classes, rows.shape[1]), layout == COALESCED)
+        inputs[1] = coo(classes, rows, (ctx.n_classes, rows.shape[1]), layout == COALESCED)
     if needs_bias:
-        inputs[2] = _coo(classes, elements, (ctx.n_classes,), layout == COALESCED)
+        inputs[2] = coo(classes, elements, (ctx.n_classes,), layout == COALESCED)
 
 
 def _brought_to(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -331,7 +331,8 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
-def _coo(classes: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool) -> Tensor:
+def coo(classes: Tensor, values: Tensor, size: tuple[int, ...], coalesced: bool) -> Tensor:
+    """A gradient of the rows ``classes`` [U]."""
     return torch.sparse_coo_tensor(classes[None], values, size, is_coalesced=coalesced, check_invariants=False)
 
 

@@ -273,10 +273,5 @@ def rows_of(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
     """Classes [U], or None for all, and rows [U, D] of a gradient."""
     if not gradient.is_sparse:
         return None, table_of(gradient.contiguous())
-    if not gradient._values().is_contiguous():
-        gradient = torch.sparse_coo_tensor(
-            gradient._indices(), gradient._values().contiguous(), gradient.shape, check_invariants=False,
-            is_coalesced=gradient.is_coalesced(),
-        )  # fmt: skip
     gradient = _ops.coalesce(gradient)
-    return gradient._indices()[0].contiguous(), table_of(gradient._values())
+    return gradient._indices()[0].contiguous(), table_of(gradient._values().contiguous())

@@ -14,7 +14,7 @@ from nce_ext import _call, _checks, _ops, _sharded_batch, _sharded_scores
 from nce_ext._collectives import Collectives
 from nce_ext._memory import empty_table
 from nce_ext._sharded_state import ShardedState
-from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss
+from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, bias_of_noise
 from nce_ext.noise import Noise, describe
 
 _BLOCK = 1024  # rows that one seed initialises
@@ -181,9 +181,7 @@ class ShardedLoss(ShardedState):
         if bias is None:
             return
         if subtracts_log_q:
-            ids = torch.arange(self.first, self.last, device=self.device)
-            floor = -math.log(self.n_classes * 2.0**32)  # of a class that is never drawn
-            bias.copy_(self.noise.log_prob(ids).clamp_min(floor))
+            bias.copy_(bias_of_noise(self.noise, self.first, self.last))
         else:
             bias.zero_()
 

@@ -253,12 +253,9 @@ class _Gradient:
         if layout == _ops.COALESCED:
             _ops._remember(classes, with_rows + with_bias)
         of_weight, of_bias = (
-            torch.sparse_coo_tensor(
-                classes[None], values, (n_classes, *values.shape[1:]), is_coalesced=layout == _ops.COALESCED,
-                check_invariants=False,
-            ) if wanted else None
+            _ops.coo(classes, values, (n_classes, *values.shape[1:]), layout == _ops.COALESCED) if wanted else None
             for wanted, values in ((with_rows, rows), (with_bias, elements))
-        )  # fmt: skip
+        )
         return of_weight, of_bias
 
 

@@ -97,9 +97,7 @@ class _SampledLoss(PinnedTables):
         if self.correction == "none":
             self.bias.zero_()
         else:
-            ids = torch.arange(self.n_classes, device=self.noise.table.device)
-            floor = -math.log(self.n_classes * 2.0**32)  # of a class that is never drawn
-            self.bias.copy_(self.noise.log_prob(ids).clamp_min(floor))
+            self.bias.copy_(bias_of_noise(self.noise, 0, self.n_classes))
 
     def forward(
         self,
@@ -228,6 +226,12 @@ class _SampledLoss(PinnedTables):
             f"bias={self.bias is not None}, correction={self.correction!r}, log_z={log_z}, sparse={self.sparse}"
             + "".join(f", {name}={value}" for name in self._shown if (value := getattr(self, name)))
         )
+
+
+def bias_of_noise(noise: Noise, first: int, last: int) -> Tensor:
+    """Of the classes first .. last - 1, with which a model starts as the noise distribution: their log q."""
+    floor = -math.log(noise.n_classes * 2.0**32)  # of a class that is never drawn
+    return noise.log_prob(torch.arange(first, last, device=noise.table.device)).clamp_min(floor)
 
 
 class NCELoss(_SampledLoss):
