@@ -34,24 +34,29 @@ def measure(run: Run, case: DeviceCase, rule: str) -> None:
     require(bytes_of(case) + 6 * case.table_bytes, run.device)
     problem = make_problem(case, "zipf", run.device)
     hidden, target = problem.hidden, problem.target
-    with torch.device("meta"):  # the table is there already
-        loss_fn = nce_ext.NCELoss(case.dim, case.classes, problem.noise, case.negatives, bias=False, sparse=True)
-    loss_fn.weight = nn.Parameter(problem.weight.detach())
-    ours, theirs = (make([loss_fn.weight], lr=RATE) for make in RULES[rule])
+    weight = nn.Parameter(problem.weight.detach())
+    ours, theirs = (make([weight], lr=RATE) for make in RULES[rule])
 
-    def step(optimizer: torch.optim.Optimizer | None) -> None:
-        loss_fn(hidden, target).backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+    def make_loss() -> nce_ext.NCELoss:
+        with torch.device("meta"):  # the table is there already
+            made = nce_ext.NCELoss(case.dim, case.classes, problem.noise, case.negatives, bias=False, sparse=True)
+        made.weight = weight
+        return made
+
+    plain, fused = make_loss(), make_loss()
+    fused.fuse_optimizer(ours)
+
+    def fused_step() -> None:
+        fused(hidden, target).backward()
         hidden.grad = None
 
-    def fused() -> None:
-        loss_fn.fuse_optimizer(ours)
-        step(None)
-        loss_fn.unfuse_optimizer()
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        plain(hidden, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hidden.grad = None
 
-    programs: dict[str, Callable[[], None]] = {OURS: fused, "gradient, then step": lambda: step(ours)}
+    programs: dict[str, Callable[[], None]] = {OURS: fused_step, "gradient, then step": lambda: step(ours)}
     name = f"torch.optim.{RULES[rule][1].__name__}"
     if run.succeeds(f"{name}, {case.work('zipf')}", lambda: step(theirs)):
         programs[name] = lambda: step(theirs)
