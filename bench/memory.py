@@ -22,7 +22,7 @@ from torch import nn
 import nce_ext
 from bench.cases import MEMORY_CASE, MEMORY_CLASSES, Problem
 from bench.eager import EagerStep
-from nce_ext._memory import empty_table
+from nce_ext._tables.pages import empty_table
 
 RESET = Path("/proc/self/clear_refs")
 TIMED_STEPS = 9

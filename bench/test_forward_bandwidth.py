@@ -9,7 +9,7 @@ from torch import Tensor
 import nce_ext
 from bench import random_rows
 from bench.cases import GATHER_BATCH, GATHER_DIMS, GATHER_NEGATIVES, TABLE_FLOATS
-from nce_ext._memory import empty_table
+from nce_ext._tables.pages import empty_table
 
 GOAL = 0.85
 

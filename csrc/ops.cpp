@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "bool needs_hidden_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Loss over negatives that all examples share, with the matrix products around shared_loss_: implemented in
-  // nce_ext/_shared.py, for every device. negatives and negative_log_q are [k]; distinct: of equal ids one counts. With
+  // nce_ext/_sampled/shared.py, for every device. negatives and negative_log_q are [k]; distinct: of equal ids one counts. With
   // row_scale the loss is [1], the sum of row_scale times the examples' losses, and the gradients are that sum's; else
   // it is [B], and they are unscaled. Loss; of the targets ids and derivatives [B, T]; gradient of hidden [B, D];
   // classes [k]

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from nce_ext import _library
+from nce_ext._ops import library as _library
 from nce_ext.noise import Noise, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _call, _ops, _sampled
+from nce_ext import _ops
+from nce_ext._sampled import arguments as _call
+from nce_ext._sampled import loss as _sampled
 from nce_ext.noise import Noise
 
 __all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss", "sampled_softmax_loss"]

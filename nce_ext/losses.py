@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nce_ext import _call, _checks, functional
-from nce_ext._fused_step import FusedStep, fuse
-from nce_ext._memory import empty_table
-from nce_ext._pinned import PinnedTables
+from nce_ext import _checks, functional
+from nce_ext._sampled import arguments as _call
+from nce_ext._tables.pages import empty_table
+from nce_ext._tables.pinned import PinnedTables
 from nce_ext.noise import Noise, describe
+from nce_ext.optim.fused_step import FusedStep, fuse
 from nce_ext.reference import BINARY_OBJECTIVE, Objective
 
 __all__ = ["NCELoss", "NegativeSamplingLoss", "SampledSoftmaxLoss"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
-from nce_ext._laws import describe
+from nce_ext.noise.laws import describe
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
 

@@ -13,7 +13,7 @@ with warnings.catch_warnings():
     import on_cuda
     from native import require_native
 
-    from nce_ext import _sampled
+    from nce_ext._sampled import loss as _sampled
 
 
 @pytest.fixture

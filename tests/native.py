@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from nce_ext import _library
+from nce_ext._ops import library as _library
 
 
 def require_native() -> None:

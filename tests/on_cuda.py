@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import nce_ext
-from nce_ext import _library, functional
+from nce_ext import functional
+from nce_ext._ops import library as _library
 
 # The mechanism can be tried without a GPU: NCE_EXT_TEST_DEVICE=cpu.
 DEVICE = torch.device(os.environ.get("NCE_EXT_TEST_DEVICE", "cuda"))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nce_ext import _library, optim
+from nce_ext import optim
+from nce_ext._ops import library as _library
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 

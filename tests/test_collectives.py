@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchrun import torchrun
 
-from nce_ext._collectives import Collectives
+from nce_ext.distributed.collectives import Collectives
 
 WORLD, PARTS = 3, [2, 0, 4]
 

@@ -12,8 +12,8 @@ from tolerances import as_float64, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nce_ext import _pairwise
 from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext.contrastive import pairwise as _pairwise
 
 HALVES = [torch.bfloat16, torch.float16]
 LOSSES = {

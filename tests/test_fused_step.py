@@ -17,7 +17,8 @@ from tolerances import assert_close
 from torch import nn
 from torch.nn import functional as F
 
-from nce_ext import _library, optim
+from nce_ext import optim
+from nce_ext._ops import library as _library
 
 NAMES = ["nce", "negative sampling", "adversarial", "softmax"]
 OPTIMIZERS = [

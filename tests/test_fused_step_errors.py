@@ -11,7 +11,8 @@ from cases import Case
 from fused_cases import Twins, batches, loss_of, rows_of
 from optim_cases import BF16, F64, assert_same, make, snapshot
 
-from nce_ext import _library, optim
+from nce_ext import optim
+from nce_ext._ops import library as _library
 
 WAYS = [{}, {"shared": True}, {"backend": "reference"}]
 WORLD = object()  # stands for a process group, which a refusal does not look into

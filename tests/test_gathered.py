@@ -11,8 +11,8 @@ from ranks.gathered_cases import CASES
 from tolerances import as_float64, assert_close
 from torchrun import torchrun
 
-from nce_ext._gathered import gather
 from nce_ext.contrastive import InfoNCELoss
+from nce_ext.distributed.gathered import gather
 
 
 def results(name: str, world: int) -> list:

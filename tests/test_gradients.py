@@ -9,8 +9,9 @@ import torch
 from cases import Case, leaf, run
 from tolerances import assert_close, relative_error
 
-from nce_ext import _sampled, functional
+from nce_ext import functional
 from nce_ext import noise as noises
+from nce_ext._sampled import loss as _sampled
 
 F64 = torch.float64
 CHECKS = {

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nce_ext
-from nce_ext import _checks, _library, _ops, _sampled, functional
+from nce_ext import _checks, _ops, functional
 from nce_ext import noise as noises
+from nce_ext._ops import library as _library
+from nce_ext._sampled import loss as _sampled
 
 V, D, B, K = 10, 4, 3, 5
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")

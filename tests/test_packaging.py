@@ -16,7 +16,8 @@ import torch
 from native import require_native
 
 import nce_ext
-from nce_ext import _call, _library
+from nce_ext._ops import library as _library
+from nce_ext._sampled import arguments as _call
 
 PACKAGE = Path(nce_ext.__file__).parent
 
@@ -39,11 +40,7 @@ import nce_ext
 
 
 def copy_of_the_python_files(root: Path) -> Path:
-    copy = root / "nce_ext"
-    copy.mkdir()
-    for source in PACKAGE.glob("*.py"):
-        (copy / source.name).write_text(source.read_text())
-    return copy
+    return Path(shutil.copytree(PACKAGE, root / "nce_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")))
 
 
 def test_import_without_the_binary_serves_the_reference():
@@ -284,31 +281,28 @@ def test_an_unknown_instruction_set_is_named(native):
     assert ".cpp" not in reason
 
 
-# Floors: a module imports only from below it.
+# A room is a folder or a file of the package. It imports only from floors below its own.
 FLOORS = [
-    {"_version"},
-    {"_library", "_memory", "_pinned", "reference"},
-    {"_fakes", "_row_step"},
+    {"_version", "_tables", "reference"},
     {"_ops"},
-    {"_laws", "_row_optimizer"},
-    {"_mixture", "_streaming"},
-    {"noise", "optim", "utils"},
-    {"_checks"},
-    {"_call", "density"},
-    {"_shared", "_pairwise", "_queue", "_fused_step"},
-    {"_sampled"},
+    {"noise"},
+    {"_checks", "utils"},
+    {"_sampled", "contrastive", "density", "optim"},
     {"functional"},
-    {"losses", "contrastive"},
-    {"_diagnose"},
-    {"_collectives"},
-    {"_sharded_objective", "_sharded_state"},
-    {"_sharded_batch"},
-    {"_sharded_scores"},
-    {"_sharded", "_gathered", "_ddp"},
-    {"evaluate", "distributed"},
+    {"losses"},
+    {"distributed", "evaluate"},
     {"__init__"},
     {"__main__"},
 ]
+
+
+def module_name(path: Path) -> str:
+    """Dotted, without the package's own name: "optim.rules", "optim" for its __init__.py, "__init__" at the top."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(path: Path) -> set[str]:
@@ -317,30 +311,37 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            if node.module == "nce_ext":
-                found |= {alias.name for alias in node.names}
-            elif node.module and node.module.startswith("nce_ext."):
-                found.add(node.module.split(".")[1])
+            if node.module and node.module.split(".")[0] == "nce_ext":
+                parent = node.module.removeprefix("nce_ext").removeprefix(".")
+                children = {f"{parent}.{alias.name}".removeprefix(".") for alias in node.names}
+                found |= children & MODULES.keys() or {parent or "__init__"}
         elif isinstance(node, ast.Import):
-            found |= {
-                a.name.split(".")[1] if "." in a.name else "__init__"
-                for a in node.names
-                if a.name.split(".")[0] == "nce_ext"
-            }
-    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+            names = (alias.name.split(".") for alias in node.names)
+            found |= {".".join(parts[1:]) or "__init__" for parts in names if parts[0] == "nce_ext"}
+    return found
 
 
-def test_no_module_imports_upward():
-    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    for path in sorted(PACKAGE.glob("*.py")):
-        assert path.stem in floor, f"{path.name} has no floor"
-        for name in imports(path):
-            assert floor[name] < floor[path.stem], f"{path.stem} imports {name}, which is not below it"
+def test_no_room_imports_upward():
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    for name, path in MODULES.items():
+        room = name.split(".")[0]
+        assert room in floor, f"{name} has no floor"
+        for other in imports(path):
+            below = other.split(".")[0]
+            assert below == room or floor[below] < floor[room], f"{name} imports {other}, which is not below it"
 
 
-def test_only_ops_and_library_touch_the_operators():
-    for path in PACKAGE.glob("*.py"):
-        if path.stem not in ("_ops", "_library"):
+def test_no_modules_import_each_other_in_a_circle():
+    below = {name: imports(path) for name, path in MODULES.items()}
+    while below:
+        free = {name for name, others in below.items() if not others & below.keys()}
+        assert free, f"a circle among {sorted(below)}"
+        below = {name: others for name, others in below.items() if name not in free}
+
+
+def test_one_room_touches_the_operators():
+    for name, path in MODULES.items():
+        if name.split(".")[0] != "_ops":
             assert "torch.ops" not in path.read_text().replace("``torch.ops", ""), path.name
 
 

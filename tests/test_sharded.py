@@ -16,7 +16,7 @@ from load_example import EXAMPLES
 from ranks import sharded_cases, sharded_checks
 from torchrun import torchrun
 
-from nce_ext import _sharded_objective as objectives
+from nce_ext.distributed.vocab_parallel import objective as objectives
 from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
 
 # What test_errors_modules looks for.

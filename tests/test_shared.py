@@ -12,8 +12,10 @@ from allocations import Allocations
 from cases import Case, leaf
 from family_cases import F64, LOSSES, assert_matches, assert_result, is_softmax, loss, run, truth
 
-from nce_ext import _ops, _sampled, _shared, functional
+from nce_ext import _ops, functional
 from nce_ext import noise as noises
+from nce_ext._sampled import loss as _sampled
+from nce_ext._sampled import shared as _shared
 
 ONE_TARGET = "uncorrected target"
 PARTS = ("loss", "hidden", "weight", "bias")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nce_ext import _laws, reference
 from nce_ext import noise as noises
+from nce_ext import reference
+from nce_ext.noise import laws as _laws
 
 SEED = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
 DATA = np.load(Path(__file__).parent / "data" / "tf_candidate_sampling.npz")

@@ -55,7 +55,7 @@ def bits(gradient: Tensor) -> list[Any]:
 
 
 def train(n_classes: int, sparse: bool | str, group: Any, rank: int, world: int) -> list[dict[str, Any]]:
-    from nce_ext._ddp import RowSparseDDP
+    from nce_ext.distributed.ddp import RowSparseDDP
 
     model = RowSparseDDP(Model(n_classes, sparse), process_group=group)
     assert not model.broadcast_buffers
@@ -82,7 +82,7 @@ def train(n_classes: int, sparse: bool | str, group: Any, rank: int, world: int)
 
 
 def hook_alone(group: Any, rank: int) -> list[Any]:
-    from nce_ext._ddp import sparse_gradient_hook
+    from nce_ext.distributed.ddp import sparse_gradient_hook
 
     torch.manual_seed(3)
     model = nn.Sequential(nn.Embedding(6, 2, sparse=True), nn.Linear(2, 1))
@@ -101,7 +101,7 @@ def attempt(action: Any) -> str | None:
 
 
 def by_hand(group: Any, rank: int) -> dict[str, Any]:
-    from nce_ext._ddp import reduce_sparse_gradients
+    from nce_ext.distributed.ddp import reduce_sparse_gradients
 
     def coo(ids: list[int], rows: list[Any], *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         values = torch.tensor(rows, dtype=dtype).reshape(len(ids), *shape[1:])

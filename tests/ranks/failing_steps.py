@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torchrun import report
 
-from nce_ext._collectives import Collectives
-from nce_ext._gathered import GatheredLoss, gather
 from nce_ext.contrastive import InfoNCELoss
+from nce_ext.distributed.collectives import Collectives
+from nce_ext.distributed.gathered import GatheredLoss, gather
 
 TIMEOUT = 4.0  # where it has to pass
 

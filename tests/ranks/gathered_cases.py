@@ -98,7 +98,7 @@ def part_of(given: dict[str, Tensor], rank: int, parts: list[int]) -> dict[str, 
 
 
 def run(name: str, collectives_group: Any, rank: int, world: int) -> dict[str, Any]:
-    from nce_ext._gathered import gather
+    from nce_ext.distributed.gathered import gather
 
     case = CASES[name]
     given, upstream, parts = inputs(name, world)
@@ -153,7 +153,7 @@ def clip() -> InfoNCELoss:
 
 def train(inside: bool, group: Any, rank: int, world: int) -> list[Any]:
     """Parameters after three steps, the loss's last, under DDP, which holds the loss or not."""
-    from nce_ext._gathered import gather
+    from nce_ext.distributed.gathered import gather
 
     loss_fn = gather(clip(), group, ddp=True)
     model = nn.parallel.DistributedDataParallel(Towers(loss_fn if inside else None), process_group=group)
@@ -171,7 +171,7 @@ def train(inside: bool, group: Any, rank: int, world: int) -> list[Any]:
 
 def refusals(group: Any, rank: int) -> dict[str, str]:
     """What is raised when ranks disagree, each time followed by a step that works."""
-    from nce_ext._gathered import gather, gather_rows
+    from nce_ext.distributed.gathered import gather, gather_rows
 
     loss_fn, sigmoid = gather(InfoNCELoss(0.5), group), gather(SigmoidContrastiveLoss(), group)
     two = torch.zeros(2, DIM)
@@ -205,7 +205,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
     from torchrun import report
 
-    from nce_ext._gathered import gather_rows
+    from nce_ext.distributed.gathered import gather_rows
 
     dist.init_process_group("gloo")
     me, told = dist.get_rank(), {}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torchrun import report
 
-from nce_ext._collectives import Collectives
+from nce_ext.distributed.collectives import Collectives
 
 FLOATS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nce_ext import _checks, _pairwise
-from nce_ext._queue import CrossBatchMemory
+from nce_ext import _checks
+from nce_ext.contrastive import pairwise as _pairwise
 
-__all__ = ["CrossBatchMemory", "InfoNCELoss", "SigmoidContrastiveLoss"]
+__all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
 
 _REDUCTIONS = ("mean", "sum", "none")
 

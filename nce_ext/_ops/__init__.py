@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nce_ext import _fakes, _library, _row_step, reference
-from nce_ext._fakes import COALESCED, DENSE, PADDED, compute_dtype
-from nce_ext._row_step import RowStep
+from nce_ext import reference
+from nce_ext._ops import fakes as _fakes
+from nce_ext._ops import library as _library
+from nce_ext._ops.fakes import COALESCED, DENSE, PADDED, compute_dtype
+from nce_ext.reference import row_step as _row_step
+from nce_ext.reference.row_step import RowStep
 
 _registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]
 

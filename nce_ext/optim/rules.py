@@ -1,18 +1,4 @@
-"""torch's optimizers for gradients that touch a few rows: a step costs what those rows cost, however many there are.
-
-    loss_fn = nce_ext.NCELoss(D, V, noise, k, sparse=True)
-    optimizer = nce_ext.optim.AdamW([*model.parameters(), *loss_fn.parameters()], lr=1e-3)
-
-Constructors and defaults are torch's, and so is every step on a parameter whose gradient is dense. A parameter with
-sparse gradients (COO, as the losses of this package and ``nn.Embedding(sparse=True)`` make them) is stepped row by row:
-rows without a gradient, and their states, stay as they are to the last bit. What that means is each class's lazy rule;
-where every row is touched at every step it is the rule of torch. Gradients whose rows repeat, of several backward
-passes or of ``sparse="padded"``, are summed first, for which CUDA has to wait for the number of touched rows.
-
-16-bit weights have float32 state here. ``rounding="stochastic"`` rounds the new weight up or down at random, so that
-its expected value is right and steps smaller than the distance between two numbers are not lost; "master" keeps the
-weight in float32 beside it; "nearest" is what torch does. ``generator`` is the source of the random bits.
-"""
+"""The update rules as optimizers: constructors, defaults, and what each says of its state."""
 
 from __future__ import annotations
 
@@ -21,9 +7,9 @@ from typing import Any
 
 import torch
 
-from nce_ext._row_optimizer import RowOptimizer
-from nce_ext._row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, StepNumbers
-from nce_ext._row_step import SGD as SGD_RULE
+from nce_ext.optim.row_optimizer import RowOptimizer
+from nce_ext.reference.row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, StepNumbers
+from nce_ext.reference.row_step import SGD as SGD_RULE
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowwiseAdagrad"]
 

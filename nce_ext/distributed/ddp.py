@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nce_ext import _ops
-from nce_ext._collectives import Collectives
+from nce_ext.distributed.collectives import Collectives
 from nce_ext.losses import _SampledLoss
 from nce_ext.noise import describe
 

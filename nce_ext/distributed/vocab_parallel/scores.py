@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nce_ext import _ops, _shared
-from nce_ext import _sharded_objective as objectives
-from nce_ext._sharded_batch import Rules, Tensors
+from nce_ext import _ops
+from nce_ext._sampled import shared as _shared
+from nce_ext.distributed.vocab_parallel import objective as objectives
+from nce_ext.distributed.vocab_parallel.batch import Rules, Tensors
 from nce_ext.reference import BINARY, SOFTMAX
 
 

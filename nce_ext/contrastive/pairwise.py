@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nce_ext import _checks, _library
+from nce_ext import _checks
+from nce_ext._ops import library as _library
 
 
 class Options(NamedTuple):

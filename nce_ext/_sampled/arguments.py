@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _library, _ops
+from nce_ext import _checks, _ops
+from nce_ext._ops import library as _library
 from nce_ext.noise import Noise, check_seed, draw_seed
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
-from nce_ext._memory import empty_table
-from nce_ext._row_step import SGD, RowState, RowStep, StepNumbers
+from nce_ext._tables.pages import empty_table
+from nce_ext.reference.row_step import SGD, RowState, RowStep, StepNumbers
 
 ROUNDINGS = ("stochastic", "nearest", "master")
 BIAS_CORRECTIONS = ("row", "global")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nce_ext._laws import Noise, Table, check_counts, describe, table_of
+from nce_ext.noise.laws import Noise, Table, check_counts, describe, table_of
 
 
 class Mixture(Table):

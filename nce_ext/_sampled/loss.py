@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _call, _checks, _ops, _shared, reference
+from nce_ext import _checks, _ops, reference
+from nce_ext._sampled import arguments as _call
+from nce_ext._sampled import shared as _shared
 from nce_ext.noise import Noise
 
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import reference
+from nce_ext.reference.noise import philox4x32
 
 # The codes are those of StepRule in csrc/row_step.h.
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
@@ -125,9 +125,7 @@ def round_at_random(values: Tensor, rows: Tensor, seed: Tensor, dtype: torch.dty
     d = torch.arange(dim, device=values.device)[None, :]
     zero = torch.zeros((n, dim), dtype=torch.int64, device=values.device)
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    words = reference.philox4x32(
-        [zero + d // 8, zero + rows[:, None], zero + low[1], zero + high[1]], [low[0], high[0]]
-    )
+    words = philox4x32([zero + d // 8, zero + rows[:, None], zero + low[1], zero + high[1]], [low[0], high[0]])
     word = torch.stack(words, -1).gather(-1, (zero + d % 8 // 2)[..., None])[..., 0]
     random = (word >> (16 * (d % 2))) & 0xFFFF
     bits = values.view(torch.int32).long() & 0xFFFFFFFF

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nce_ext._laws import Table, check_ids, check_n_classes, check_power, describe, table_of
+from nce_ext.noise.laws import Table, check_ids, check_n_classes, check_power, describe, table_of
 
 
 class Streaming(Table):

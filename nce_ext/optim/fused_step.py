@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
 from nce_ext import _checks, _ops
-from nce_ext._laws import describe
-from nce_ext._row_optimizer import RowOptimizer, rows_of
-from nce_ext.optim import SGD
+from nce_ext.noise.laws import describe
+from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
+from nce_ext.optim.rules import SGD
 
 TWICE = (
     "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "

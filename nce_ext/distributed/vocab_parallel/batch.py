@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import _call, _ops
-from nce_ext._collectives import Collectives
-from nce_ext._shared import _Columns
+from nce_ext import _ops
+from nce_ext._sampled import arguments as _call
+from nce_ext._sampled.shared import _Columns
+from nce_ext.distributed.collectives import Collectives
 from nce_ext.reference import Objective
 
 _NONE, _BAD = -1, -2  # in the place of targets

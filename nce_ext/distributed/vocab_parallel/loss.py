@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from nce_ext import _call, _checks, _ops, _sharded_batch, _sharded_scores
-from nce_ext._collectives import Collectives
-from nce_ext._memory import empty_table
-from nce_ext._sharded_state import ShardedState
+from nce_ext import _checks, _ops
+from nce_ext._sampled import arguments as _call
+from nce_ext._tables.pages import empty_table
+from nce_ext.distributed.collectives import Collectives
+from nce_ext.distributed.vocab_parallel import batch as _sharded_batch
+from nce_ext.distributed.vocab_parallel import scores as _sharded_scores
+from nce_ext.distributed.vocab_parallel.state import ShardedState
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, bias_of_noise
 from nce_ext.noise import Noise, describe
 

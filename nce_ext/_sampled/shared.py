@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
-from nce_ext._call import Call
+from nce_ext._sampled.arguments import Call
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
 # slower, and in the L2 cache on a GPU.

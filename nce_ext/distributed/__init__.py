@@ -8,10 +8,10 @@ Every rank calls the same things in the same order. What a rank refuses ends the
 names it, before anything has changed; a rank that dies or stays away does so within the group's timeout.
 """
 
-from nce_ext._collectives import Collectives
-from nce_ext._ddp import RowSparseDDP, reduce_sparse_gradients, sparse_gradient_hook
-from nce_ext._gathered import GatheredLoss, gather, gather_rows
-from nce_ext._sharded import ShardedLoss, shard
+from nce_ext.distributed.collectives import Collectives
+from nce_ext.distributed.ddp import RowSparseDDP, reduce_sparse_gradients, sparse_gradient_hook
+from nce_ext.distributed.gathered import GatheredLoss, gather, gather_rows
+from nce_ext.distributed.vocab_parallel.loss import ShardedLoss, shard
 
 __all__ = [
     "Collectives",

@@ -1,0 +1,1 @@
+"""Where large tables lie: in huge pages, or in pinned host memory."""
