@@ -6,9 +6,25 @@
 #include <algorithm>
 
 #include "check.h"
+#include "operator.h"
 #include "row_grad.h"
 
 namespace nce {
+
+// The pairs that a gradient of rows is the sum of: ids int32 [B, C] (-1: none), dlogit [B, C], grad_loss [B], hidden
+// [B, D].
+struct PairArguments {
+  Tensor ids, dlogit, grad_loss, hidden;
+  using Fields = TypeList<Tensor, Tensor, Tensor, Tensor>;
+};
+
+// The gradient to make of them, of a table of n_classes rows.
+struct RowGradArguments {
+  int64_t n_classes;
+  ScalarType dtype;
+  bool with_rows, with_bias;
+  using Fields = TypeList<int64_t, ScalarType, bool, bool>;
+};
 
 struct RowGradCall {
   int64_t batch, columns, n_pairs, n_classes, dim;

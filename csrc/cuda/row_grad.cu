@@ -105,9 +105,9 @@ int64_t count_segments(const RowGradWork& work, const OnDevice& device) {
   return count;
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
-                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias,
-                                            bool padded) {
+std::tuple<Tensor, Tensor, Tensor> row_grad(const PairArguments& pairs, const RowGradArguments& gradient, bool padded) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
   const OnDevice device(hidden);
   RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, false, device);
   const int64_t n_rows = padded ? padded_rows(work.call) : count_segments(work, device);
@@ -122,8 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
   return {classes, rows, bias};
 }
 
-std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes,
-                                          ScalarType dtype, bool with_rows, bool with_bias) {
+std::tuple<Tensor, Tensor> row_grad_dense(const PairArguments& pairs, const RowGradArguments& gradient) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
   const OnDevice device(hidden);
   RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, true, device);
   Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, work.call.dim}, dtype);
@@ -138,6 +139,6 @@ std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad
 }  // namespace nce::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) {
-  m.impl("row_grad", TORCH_BOX(&nce::cuda::row_grad));
-  m.impl("row_grad_dense", TORCH_BOX(&nce::cuda::row_grad_dense));
+  m.impl("row_grad", TORCH_BOX(&nce::Operator<&nce::cuda::row_grad>::call));
+  m.impl("row_grad_dense", TORCH_BOX(&nce::Operator<&nce::cuda::row_grad_dense>::call));
 }

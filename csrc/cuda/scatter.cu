@@ -20,9 +20,9 @@ std::tuple<Tensor, Tensor> scatter_sgd_(Tensor hidden, Tensor weight, std::optio
                                         double learning_rate) {
   const OnDevice device(hidden);
   const SampledLossCall call = prepare_sampled_loss(
-      hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-      subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
-      Objective{ObjectiveKind::kBinary, 1, 0, 0, true}, needs_hidden_grad, /*needs_row_grad=*/false);
+      {hidden, weight, bias, target, log_z}, {seed, table, kind, num_negatives, negatives, remove_hits},
+      {target_log_q, negative_log_q, subtract_log_q, offset}, {uniform_labels, mean_candidates, ignore_index},
+      {0, 1, 0, 0, true}, needs_hidden_grad, /*needs_row_grad=*/false);
   check_device("weight", weight, hidden);  // it is written, by atomics that hold on the device alone
   // Each addition to a bfloat16 row would round away most of a small step.
   STD_TORCH_CHECK(call.storage == Storage::kFloat, "weight must be float32 to be updated in place");
