@@ -41,6 +41,15 @@ def flag_coalesced(gradient: Tensor) -> Tensor:
     return gradient._coalesced_(True)  # type: ignore[no-any-return]
 
 
+def has_accumulation_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> bool:
+    """Tell whether a parameter calls ``hook`` after its gradient is accumulated.
+
+    A weak dictionary of parameters would tell too, and would keep ``torch.utils.swap_tensors`` from swapping them.
+    """
+    hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    return hooks is not None and hook in hooks.values()
+
+
 def version(tensor: Tensor) -> int:
     """Count the in-place changes of a tensor, to see whether something derived from it is still true."""
     return tensor._version

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
-from nce_ext._sampled import arguments as _call
-from nce_ext._sampled import loss as _sampled
+from nce_ext._sampled.arguments import (
+    check_margin,
+    negative_sampling_objective,
+    softmax_objective,
+)
+from nce_ext._sampled.loss import reduced_loss
 from nce_ext.noise import Noise
 
 __all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss", "sampled_softmax_loss"]
@@ -106,7 +109,7 @@ def nce_loss(
             correction (its log q is -inf). On CUDA ids are not checked, see :func:`nce_ext.set_debug`.
         RuntimeError: ``backend="fused"`` without compiled kernels for the device; differentiating twice.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives, bias=bias, shared=shared, unique=unique, correction=correction,
         log_z=log_z, remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
         ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
@@ -168,10 +171,10 @@ def negative_sampling_loss(
         As :func:`nce_loss`. ValueError: a temperature that is not positive, a margin that is not finite, a calibration
             outside 0 .. 1; ``candidate_reduction="mean"`` with a temperature, whose weights are an average already.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives,
-        objective=_call.negative_sampling_objective(adversarial_temperature, calibration), calibration=calibration,
-        margin=_call.check_margin(margin), bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z,
+        objective=negative_sampling_objective(adversarial_temperature, calibration), calibration=calibration,
+        margin=check_margin(margin), bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z,
         remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
         ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
         sample_weight=sample_weight, reduction=reduction, sparse=sparse,
@@ -232,9 +235,9 @@ def sampled_softmax_loss(
         As :func:`nce_loss`. ValueError: a smoothing outside 0 .. 1; ``correct_positive=False`` with several targets,
             ``unique``, ``remove_hits=False`` or ``correction="none"``.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives,
-        objective=_call.softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique,
+        objective=softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique,
         correction=correction, log_z=0.0, remove_hits=remove_hits, candidate_reduction="sum",
         positive_label=positive_label, ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q,
         seed=seed, generator=generator, sample_weight=sample_weight, reduction=reduction, sparse=sparse,

@@ -9,6 +9,8 @@ import importlib
 import os
 import platform
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -63,6 +65,7 @@ def _load() -> tuple[bool, bool]:
 
 
 _has_cpu, _has_cuda = _load()
+operators_exist = _has_cpu  # the schemas come with the CPU kernels
 
 if not _has_cpu:
     warnings.warn(
@@ -70,6 +73,43 @@ if not _has_cpu:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def register_fake(operator: str) -> Callable[[Function], Function]:
+    """Register what a compiled operator returns while a graph is traced: shapes and dtypes, without values."""
+
+    def register(function: Function) -> Function:
+        if operators_exist:
+            torch.library.register_fake(f"nce_ext::{operator}", function)
+        return function
+
+    return register
+
+
+def register_autograd(
+    operator: str, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
+) -> None:
+    """Register an operator's backward pass, where there are operators."""
+    if operators_exist:
+        torch.library.register_autograd(f"nce_ext::{operator}", backward, setup_context=setup_context)
+
+
+def implement(operator: str, function: Callable[..., Any]) -> None:
+    """Make a Python function the kernel of an operator, for every device that has compiled ones.
+
+    It computes in whatever types it chooses, as a compiled kernel does: autocast ends here.
+    """
+
+    def kernel(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*arguments)
+
+    if operators_exist:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"nce_ext::{operator}", device, kernel)
 
 
 def fused_available(device: torch.device) -> bool:
