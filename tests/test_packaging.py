@@ -283,7 +283,7 @@ def test_an_unknown_instruction_set_is_named(native):
 
 # A room is a folder or a file of the package. It imports only from floors below its own.
 FLOORS = [
-    {"_version", "_tables", "reference"},
+    {"_version", "_warnings", "_tables", "reference"},
     {"_ops"},
     {"noise"},
     {"_checks", "utils"},
