@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks, functional
+from nce_ext._checks import describe
 from nce_ext._sampled import arguments as _call
 from nce_ext._tables.pages import empty_table
 from nce_ext._tables.pinned import PinnedTables
-from nce_ext.noise import Noise, describe
+from nce_ext.noise import Noise
 from nce_ext.optim.fused_step import FusedStep, fuse
 from nce_ext.reference import BINARY_OBJECTIVE, Objective
 

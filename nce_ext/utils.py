@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
+from nce_ext._checks import describe
 from nce_ext._warnings import warn_user
-from nce_ext.noise.laws import describe
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nce_ext import _checks, _ops
 from nce_ext._ops import library as _library
-from nce_ext.noise import Noise, check_seed, draw_seed
+from nce_ext.noise import Noise
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 
 CORRECTIONS = ("log_kq", "log_q", "none")
@@ -104,7 +104,7 @@ def prepare(
 ) -> Call:
     """Check what every loss takes, and flatten it. ``host_weight``: whether the table may be in pinned host memory."""
     _checks.operands(hidden, weight, bias, host_weight=host_weight)
-    noise = _checks.noise_of(noise, weight, hidden.device)
+    noise = _checks.noise_of(noise, Noise, weight, hidden.device)
     lead = _check_examples(hidden, target, log_z, sample_weight)
     check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
     check_unique(unique, correction, objective)
@@ -123,9 +123,9 @@ def prepare(
     if weight.device != hidden.device:
         _check_host_weight(weight, bias, hidden.device, layout, fused)
     if seed is not None:
-        check_seed(seed, hidden.device)
+        _checks.check_seed(seed, hidden.device)
     elif negatives is None:
-        seed = draw_seed(hidden.device, generator)
+        seed = _ops.draw_seed(hidden.device, generator)
 
     n_examples = math.prod(lead)
     flat_target = target.reshape(n_examples, n_targets).long().contiguous()

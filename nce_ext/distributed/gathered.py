@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nce_ext._checks import describe
 from nce_ext._ops import library as _library
 from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
 from nce_ext.contrastive import losses as contrastive
 from nce_ext.contrastive import pairwise as _pairwise
 from nce_ext.distributed.collectives import Collectives
-from nce_ext.noise import describe
 
 __all__ = ["GatheredLoss", "gather", "gather_rows"]
 
