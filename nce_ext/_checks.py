@@ -6,14 +6,43 @@ Each message names the argument, says what is allowed and what was got.
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nce_ext._ops import library as _library
-from nce_ext.noise import Noise, describe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_CLASSES = 2**31 - 1
+
+
+class Law(Protocol):
+    """What the checks need of a noise distribution."""
+
+    n_classes: int
+    table: Tensor
+
+    def log_prob(self, ids: Tensor) -> Tensor: ...
+
+
+T = TypeVar("T")
+LawT = TypeVar("LawT", bound=Law)
+
+
+def describe(value: object) -> str:
+    """What a wrong argument is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def instance(name: str, value: object, cls: type[T], wanted: str) -> T:
+    """Refuse a value that is no ``cls``, which the message calls ``wanted``."""
+    if not isinstance(value, cls):
+        raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
+    return value
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -95,10 +124,9 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight
         raise ValueError(f"bias must be contiguous of shape [{weight.shape[0]}], got {got}")
 
 
-def noise_of(noise: object, weight: Tensor, device: torch.device | None = None) -> Noise:
+def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.device | None = None) -> LawT:
     """``device``: hidden's, if that is not weight's."""
-    if not isinstance(noise, Noise):
-        raise TypeError(f"noise must be an nce_ext.noise distribution, got {describe(noise)}")
+    noise = instance("noise", noise, cls, "an nce_ext.noise distribution")
     device = device or weight.device
     if noise.table.device != device:
         raise ValueError(f"noise must be on hidden's device {device}, got {noise.table.device}; use noise.to()")
@@ -119,7 +147,7 @@ def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, 
 def ids(
     target: Tensor,
     negatives: Tensor | None,
-    noise: Noise,
+    noise: Law,
     ignore_index: int,
     subtract_log_q: bool,
     log_q: tuple[Tensor, Tensor] | None,
@@ -148,3 +176,79 @@ def ids(
         if bad.any():
             where = bad.nonzero()[0].tolist()
             raise ValueError(why.format(values[tuple(where)].item(), where))
+
+
+def check_n_classes(n_classes: int) -> int:
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int):
+        raise TypeError(f"n_classes must be an int, got {describe(n_classes)}")
+    if not 1 <= n_classes <= MAX_CLASSES:
+        raise ValueError(f"n_classes must be in 1 .. 2^31 - 1, got {n_classes}")
+    return n_classes
+
+
+def check_seed(seed: Tensor, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(seed)}")
+    if seed.device != device:
+        raise ValueError(f"seed must be on {device}, got {seed.device}")
+    if seed.shape != (2,):
+        raise ValueError(f"seed must have shape [2], got {list(seed.shape)}")
+    return seed
+
+
+def check_ids(ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
+    """The type always, the range on the CPU: on CUDA one would have to wait for it."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(ids)}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    if ignore_index is not None:
+        ids = torch.where(ids == ignore_index, 0, ids)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= n_classes:
+        otherwise = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+        raise ValueError(f"ids must be in 0 .. {n_classes - 1}{otherwise}, got {low if low < 0 else high}")
+
+
+def check_power(power: object) -> float:
+    if not isinstance(power, (int, float)) or not math.isfinite(power) or power < 0:
+        raise ValueError(f"power must be a finite number >= 0, got {power!r}")
+    return float(power)
+
+
+def check_counts(counts: Any) -> Tensor:
+    try:
+        # numpy reads Python numbers as float64; torch would make them float32.
+        weights = torch.as_tensor(counts if isinstance(counts, Tensor) else np.asarray(counts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
+    if weights.is_complex() or weights.is_sparse:
+        raise TypeError(f"counts must be dense real numbers, got {describe(weights)}")
+    if weights.dim() != 1:
+        raise ValueError(f"counts must be 1-D, got shape {list(weights.shape)}")
+    if not 1 <= len(weights) <= MAX_CLASSES:
+        raise ValueError(f"counts must have 1 .. 2^31 - 1 entries, got {len(weights)}")
+    weights = weights.detach().to("cpu", torch.float64)
+    low, high = torch.aminmax(weights)  # NaN if any entry is
+    if not (torch.isfinite(high) and low >= 0):
+        bad = ~(torch.isfinite(weights) & (weights >= 0))
+        where = int(bad.nonzero()[0, 0])
+        raise ValueError(f"counts must be finite and >= 0, got {float(weights[where])} at index {where}")
+    if high == 0:
+        raise ValueError(f"counts must not all be zero, got {len(weights)} zeros")
+    return weights
+
+
+def check_trials(trials: int | Tensor, device: torch.device) -> None:
+    integer = trials.dtype in (torch.int64, torch.int32) if isinstance(trials, Tensor) else type(trials) is not bool
+    if not integer or not isinstance(trials, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(trials)}")
+    if isinstance(trials, Tensor):
+        if trials.device != device:
+            raise ValueError(f"trials must be on {device}, got {trials.device}")
+        if trials.dim():
+            raise ValueError(f"trials must be a scalar, got shape {list(trials.shape)}")
+        if trials.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+    if trials < 0:
+        raise ValueError(f"trials must be >= 0, got {int(trials)}")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
+from nce_ext._checks import describe
 from nce_ext._ops import library as _library
-from nce_ext.noise import describe
 
 __all__ = ["DensityNCELoss"]
 

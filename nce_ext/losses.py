@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
+from nce_ext._checks import describe
 from nce_ext._sampled.arguments import (
     calibrated_weight,
     check_margin,
@@ -23,7 +24,7 @@ from nce_ext._sampled.arguments import (
 from nce_ext._sampled.loss import reduced_loss
 from nce_ext._tables.pages import empty_table
 from nce_ext._tables.pinned import PinnedTables
-from nce_ext.noise import Noise, describe
+from nce_ext.noise import Noise
 from nce_ext.optim.fused_step import FusedStep, fuse
 from nce_ext.reference import BINARY_OBJECTIVE, Objective
 

@@ -6,14 +6,14 @@ added up first. What is computed here is of the sum, at a cost that does not dep
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from nce_ext import _ops
-from nce_ext.noise.laws import describe
+from nce_ext._checks import describe
+from nce_ext._warnings import warn_user
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
 
@@ -162,7 +162,7 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> _Gradients:
         raise TypeError(f"parameters must be a tensor or an iterable of tensors, got {describe(parameters)}")
     given = list(parameters)
     if not given and isinstance(parameters, Iterator):
-        warnings.warn("parameters is an empty iterator, perhaps a used-up one: no gradient is changed", stacklevel=3)
+        warn_user("parameters is an empty iterator, perhaps a used-up one: no gradient is changed")
     for i, parameter in enumerate(given):
         if not isinstance(parameter, Tensor):
             raise TypeError(f"parameters must be tensors, got {describe(parameter)} at index {i}")

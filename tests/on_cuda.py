@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import nce_ext
-from nce_ext import functional
+from nce_ext import _ops, functional
 from nce_ext._ops import library as _library
 
 # The mechanism can be tried without a GPU: NCE_EXT_TEST_DEVICE=cpu.
@@ -78,7 +78,7 @@ def to_device(value: Any) -> Any:
 def on_device(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*args: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         if generator is not None and options.get("seed") is None and options.get("negatives") is None:
-            options["seed"] = nce_ext.noise.draw_seed(torch.device("cpu"), generator)
+            options["seed"] = _ops.draw_seed(torch.device("cpu"), generator)
         if options.get("backend") == "reference":
             return loss(*args, **options)
         moved = {name: to_device(value) for name, value in options.items()}

@@ -13,7 +13,7 @@ from nce_ext import _checks
 from nce_ext._ops import library
 from nce_ext._ops.coo import COALESCED, DENSE, PADDED
 from nce_ext._ops.sample import draw_seed, sample
-from nce_ext.noise import Noise, check_seed
+from nce_ext.noise import Noise
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 from nce_ext.reference.dtypes import compute_dtype
 
@@ -149,7 +149,7 @@ def validate_and_flatten(
     losses differ in. ``host_weight``: whether the table may be in pinned host memory.
     """
     _checks.operands(hidden, weight, bias, host_weight=host_weight)
-    noise = _checks.noise_of(noise, weight, hidden.device)
+    noise = _checks.noise_of(noise, Noise, weight, hidden.device)
     batch_shape = _check_examples(hidden, target, log_z, sample_weight)
     check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
     check_unique(unique, correction, objective)
@@ -168,7 +168,7 @@ def validate_and_flatten(
     if weight.device != hidden.device:
         _check_host_weight(weight, bias, hidden.device, layout)
     if seed is not None:
-        check_seed(seed, hidden.device)
+        _checks.check_seed(seed, hidden.device)
     elif negatives is None:
         seed = draw_seed(hidden.device, generator)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
+from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import pairwise as _pairwise
 
 __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
@@ -205,10 +206,10 @@ class InfoNCELoss(nn.Module):
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
     ) -> list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]]:
         """Checked, in the dtype of the arithmetic, normalized: what the losses are of."""
-        _pairwise.check(query, key, negatives, data, self.in_batch)
+        _arguments.check(query, key, negatives, data, self.in_batch)
         batch = query.shape[0]
         if query_log_q is not None:
-            _pairwise.check_data("query_log_q", query_log_q, query, _checks.FLOATS, (batch,))
+            _arguments.check_data("query_log_q", query_log_q, query, _checks.FLOATS, (batch,))
             if not self.symmetric:
                 raise ValueError(
                     "query_log_q must be None with symmetric=False, in which no query is a column, got a tensor"
@@ -226,10 +227,10 @@ class InfoNCELoss(nn.Module):
                     f"{name} must be None with debias > 0, whose negatives weigh the same and whose positive is one; "
                     "it takes negatives, ids, negative_mask and symmetric"
                 )
-        _pairwise.check_values(data, query, self.in_batch, self.max_logits)
+        _arguments.check_values(data, query, self.in_batch, self.max_logits)
         back = _pairwise.Data(data.ids, None, None, query_log_q, None, None)
         if self.symmetric:
-            _pairwise.check_values(back, query, True, self.max_logits, "query_log_q")
+            _arguments.check_values(back, query, True, self.max_logits, "query_log_q")
         query, key, negatives = _prepared(self.normalize, query, key, negatives)
         return [(query, key, negatives, data)] + ([(key, query, None, back)] if self.symmetric else [])
 
@@ -306,7 +307,7 @@ class SigmoidContrastiveLoss(nn.Module):
             RuntimeError: differentiating twice.
         """
         data = _pairwise.Data(ids, negative_ids, negative_mask, None, None, None)
-        _pairwise.check(query, key, negatives, data, True)
+        _arguments.check(query, key, negatives, data, True)
         batch = query.shape[0]
         query, key, negatives = _prepared(self.normalize, query, key, negatives)
         scale = _scale(self._scale, self.logit_scale, query, None)

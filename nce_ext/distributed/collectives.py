@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nce_ext.noise import describe, draw_seed
+from nce_ext._checks import describe
+from nce_ext._ops import draw_seed
 
 __all__ = ["Collectives"]
 

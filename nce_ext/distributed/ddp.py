@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nce_ext import _ops
+from nce_ext._checks import describe
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.losses import _SampledLoss
-from nce_ext.noise import describe
 
 __all__ = ["RowSparseDDP", "reduce_sparse_gradients", "sparse_gradient_hook"]
 

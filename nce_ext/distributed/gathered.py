@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nce_ext._checks import describe
 from nce_ext._ops import library as _library
 from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import losses as contrastive
 from nce_ext.contrastive import pairwise as _pairwise
 from nce_ext.distributed.collectives import Collectives
-from nce_ext.noise import describe
 
 __all__ = ["GatheredLoss", "gather", "gather_rows"]
 
@@ -159,7 +160,7 @@ class GatheredLoss(nn.Module):
         for name, value in (("log_q", data.log_q), ("query_log_q", query_log_q)):
             if value is not None:
                 raise ValueError(f"{name} must be None with a SigmoidContrastiveLoss, got {describe(value)}")
-        _pairwise.check(query, key, negatives, data, True)
+        _arguments.check(query, key, negatives, data, True)
         prepared = contrastive._prepared(loss_fn.normalize, query, key, negatives)
         return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, learns, loss_fn.max_logits)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
+from nce_ext._checks import describe
 from nce_ext.losses import SampledSoftmaxLoss
-from nce_ext.noise import Noise, describe
+from nce_ext.noise import Noise
 
 
 class GradientError(NamedTuple):
@@ -188,7 +189,7 @@ def _parts(loss_fn: object) -> tuple[Tensor, Tensor | None, Noise]:
             f"got {type(loss_fn).__name__} without {', '.join(missing)}"
         )
     weight, bias = parameters["weight"], loss_fn.bias
-    return weight, bias, _checks.noise_of(loss_fn.noise, weight)  # type: ignore[return-value]
+    return weight, bias, _checks.noise_of(loss_fn.noise, Noise, weight)  # type: ignore[return-value]
 
 
 class _Moments:

@@ -7,14 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nce_ext import _ops, reference
+from nce_ext import _checks, _ops, reference
 from nce_ext._ops import draw_seed
 
-MAX_CLASSES = 2**31 - 1
 # sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
 _DRAWS, _DRAWS_PER_ID = 2**22, 64
 
@@ -29,7 +27,7 @@ class Noise(nn.Module):
         self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.n_classes = check_n_classes(n_classes)
+        self.n_classes = _checks.check_n_classes(n_classes)
         # A law in closed form keeps an empty table, which remembers the device that .to() chose.
         entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
         self.register_buffer("table", entries.to(device), persistent=table is not None)
@@ -58,7 +56,7 @@ class Noise(nn.Module):
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else check_seed(seed, device)
+        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
         cols = sizes[-1] if sizes else 1
         rows = math.prod(sizes[:-1])
         if rows > 2**32 or cols > 2**32:
@@ -81,7 +79,7 @@ class Noise(nn.Module):
         """
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        check_ids(ids, self.n_classes)
+        _checks.check_ids(ids, self.n_classes)
         if dtype == torch.float64:
             return self._log_prob64(ids.long())
         return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
@@ -108,11 +106,11 @@ class Noise(nn.Module):
             RuntimeError: k ids were not found in max(2^22, 64 k) draws, since the rest are too improbable.
         """
         if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {describe(k)}")
+            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
         if not 0 <= k <= self.n_classes:
             raise ValueError(f"k must be in 0 .. {self.n_classes} = n_classes, got {k}")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else check_seed(seed, device)
+        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
         return self._distinct(k, seed, max(16, 2 * k))
 
     def _distinct(self, k: int, seed: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +160,7 @@ class Noise(nn.Module):
         # For its float64 log q a table would be read as a whole; its float32 one is correctly rounded.
         closed_form = dtype == torch.float32 and self.kind != reference.ALIAS
         log_q = self.log_prob(ids, dtype=torch.float64 if closed_form else dtype).double()
-        _check_trials(trials, log_q.device)
+        _checks.check_trials(trials, log_q.device)
         missed = trials * log1mexp(log_q)
         return log1mexp(torch.where(torch.isnan(missed), 0, missed)).to(dtype)  # 0 draws of a certain class: 0 * -inf
 
@@ -186,7 +184,7 @@ class Noise(nn.Module):
             TypeError, ValueError: as ``log_inclusion``; k that is no int, or negative.
         """
         if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {describe(k)}")
+            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
         if k < 0:
             raise ValueError(f"k must be >= 0, got {k}")
         inclusion = self.log_inclusion(ids, trials, dtype=dtype)
@@ -272,50 +270,13 @@ class Unigram(Table):
     """
 
     def __init__(self, counts: Any, power: float = 0.75, *, device: torch.device | str | None = None) -> None:
-        weights = check_counts(counts)
-        power = check_power(power)
+        weights = _checks.check_counts(counts)
+        power = _checks.check_power(power)
         super().__init__(len(weights), table_of(weights, power), device=device)
         self.power = power
 
     def extra_repr(self) -> str:
         return f"n_classes={self.n_classes}, power={self.power:g}"
-
-
-def check_seed(seed: Tensor, device: torch.device) -> Tensor:
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(seed)}")
-    if seed.device != device:
-        raise ValueError(f"seed must be on {device}, got {seed.device}")
-    if seed.shape != (2,):
-        raise ValueError(f"seed must have shape [2], got {list(seed.shape)}")
-    return seed
-
-
-def check_ids(ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
-    """The type always, the range on the CPU: on CUDA one would have to wait for it."""
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(ids)}")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-        return
-    if ignore_index is not None:
-        ids = torch.where(ids == ignore_index, 0, ids)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= n_classes:
-        otherwise = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
-        raise ValueError(f"ids must be in 0 .. {n_classes - 1}{otherwise}, got {low if low < 0 else high}")
-
-
-def check_power(power: object) -> float:
-    if not isinstance(power, (int, float)) or not math.isfinite(power) or power < 0:
-        raise ValueError(f"power must be a finite number >= 0, got {power!r}")
-    return float(power)
-
-
-def describe(value: object) -> str:
-    """What a wrong argument is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -326,52 +287,6 @@ def log1mexp(x: Tensor) -> Tensor:
 def table_of(counts: Tensor, power: float) -> Tensor:
     """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
     return _ops.alias_table(*_unnormalised_law(counts, power))
-
-
-def _check_trials(trials: int | Tensor, device: torch.device) -> None:
-    integer = trials.dtype in (torch.int64, torch.int32) if isinstance(trials, Tensor) else type(trials) is not bool
-    if not integer or not isinstance(trials, (int, torch.SymInt, Tensor)):
-        raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(trials)}")
-    if isinstance(trials, Tensor):
-        if trials.device != device:
-            raise ValueError(f"trials must be on {device}, got {trials.device}")
-        if trials.dim():
-            raise ValueError(f"trials must be a scalar, got shape {list(trials.shape)}")
-        if trials.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-    if trials < 0:
-        raise ValueError(f"trials must be >= 0, got {int(trials)}")
-
-
-def check_n_classes(n_classes: int) -> int:
-    if isinstance(n_classes, bool) or not isinstance(n_classes, int):
-        raise TypeError(f"n_classes must be an int, got {describe(n_classes)}")
-    if not 1 <= n_classes <= MAX_CLASSES:
-        raise ValueError(f"n_classes must be in 1 .. 2^31 - 1, got {n_classes}")
-    return n_classes
-
-
-def check_counts(counts: Any) -> Tensor:
-    try:
-        # numpy reads Python numbers as float64; torch would make them float32.
-        weights = torch.as_tensor(counts if isinstance(counts, Tensor) else np.asarray(counts))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
-    if weights.is_complex() or weights.is_sparse:
-        raise TypeError(f"counts must be dense real numbers, got {describe(weights)}")
-    if weights.dim() != 1:
-        raise ValueError(f"counts must be 1-D, got shape {list(weights.shape)}")
-    if not 1 <= len(weights) <= MAX_CLASSES:
-        raise ValueError(f"counts must have 1 .. 2^31 - 1 entries, got {len(weights)}")
-    weights = weights.detach().to("cpu", torch.float64)
-    low, high = torch.aminmax(weights)  # NaN if any entry is
-    if not (torch.isfinite(high) and low >= 0):
-        bad = ~(torch.isfinite(weights) & (weights >= 0))
-        where = int(bad.nonzero()[0, 0])
-        raise ValueError(f"counts must be finite and >= 0, got {float(weights[where])} at index {where}")
-    if high == 0:
-        raise ValueError(f"counts must not all be zero, got {len(weights)} zeros")
-    return weights
 
 
 def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:

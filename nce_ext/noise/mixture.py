@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nce_ext.noise.laws import Noise, Table, check_counts, describe, table_of
+from nce_ext import _checks
+from nce_ext.noise.laws import Noise, Table, table_of
 
 
 class Mixture(Table):
@@ -40,18 +41,18 @@ class Mixture(Table):
 
     def __init__(self, noises: Sequence[Noise], counts: Any, *, device: torch.device | str | None = None) -> None:
         if isinstance(noises, (str, Noise)) or not isinstance(noises, Sequence):
-            raise TypeError(f"noises must be a sequence of noise distributions, got {describe(noises)}")
+            raise TypeError(f"noises must be a sequence of noise distributions, got {_checks.describe(noises)}")
         if not noises:
             raise ValueError("noises must have at least one distribution, got none")
         for i, noise in enumerate(noises):
             if not isinstance(noise, Noise):
-                raise TypeError(f"noises must be noise distributions, got {describe(noise)} at index {i}")
+                raise TypeError(f"noises must be noise distributions, got {_checks.describe(noise)} at index {i}")
         for i, noise in enumerate(noises):
             if noise.n_classes != noises[0].n_classes:
                 raise ValueError(
                     f"noises must have the same n_classes, got {noises[0].n_classes} and {noise.n_classes} at index {i}"
                 )
-        numbers = check_counts(counts)
+        numbers = _checks.check_counts(counts)
         if len(numbers) != len(noises):
             raise ValueError(f"counts must have one entry for each of the {len(noises)} noises, got {len(numbers)}")
         if not (numbers > 0).all():

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from nce_ext.noise.laws import Table, check_ids, check_n_classes, check_power, describe, table_of
+from nce_ext import _checks
+from nce_ext.noise.laws import Table, table_of
 
 
 class Streaming(Table):
@@ -74,13 +75,13 @@ class Streaming(Table):
         power: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
-        check_n_classes(n_classes)
+        _checks.check_n_classes(n_classes)
         if estimator not in ("counts", "interval"):
             raise ValueError(f"estimator must be 'counts' or 'interval', got {estimator!r}")
         _check_number("half_life", half_life, "> 0", math.inf)
         _check_number("rate", rate, "in (0, 1]", 1.0)
         _check_number("prior", prior, "finite and > 0", torch.finfo(torch.float64).max)
-        check_power(power)
+        _checks.check_power(power)
         super().__init__(n_classes, table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
         self.prior, self.power = float(prior), float(power)
@@ -102,7 +103,7 @@ class Streaming(Table):
         Raises:
             TypeError, ValueError: ids that are not integers, are on another device or out of range.
         """
-        check_ids(ids, self.n_classes, ignore_index)
+        _checks.check_ids(ids, self.n_classes, ignore_index)
         self._check_device(ids)
         slots = self._slots(ids.flatten())
         self.step += 1
@@ -140,7 +141,7 @@ class Streaming(Table):
         """
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        check_ids(ids, self.n_classes)
+        _checks.check_ids(ids, self.n_classes)
         self._check_device(ids)
         slots = self._slots(ids)
         return torch.where(slots < self.n_classes, self._log_estimate(slots), torch.nan).to(dtype)
@@ -184,6 +185,6 @@ class Streaming(Table):
 
 def _check_number(name: str, value: object, allowed: str, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
+        raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
     if not 0 < value <= high:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
 from nce_ext import _checks, _ops
-from nce_ext.noise.laws import describe
+from nce_ext._checks import describe
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim.rules import SGD
 

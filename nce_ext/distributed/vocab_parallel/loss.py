@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from nce_ext import _checks, _ops
+from nce_ext._checks import describe
 from nce_ext._sampled import arguments as _call
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
@@ -18,7 +19,7 @@ from nce_ext.distributed.vocab_parallel import batch as _sharded_batch
 from nce_ext.distributed.vocab_parallel import scores as _sharded_scores
 from nce_ext.distributed.vocab_parallel.state import ShardedState
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, bias_of_noise
-from nce_ext.noise import Noise, describe
+from nce_ext.noise import Noise
 
 _BLOCK = 1024  # rows that one seed initialises
 

@@ -1,0 +1,107 @@
+"""What the contrastive losses refuse: vectors, and the data of rows and columns, that do not fit each other."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nce_ext import _checks
+from nce_ext._ops import library as _library
+from nce_ext.contrastive.pairwise import Data, chunks, leave_out_
+
+
+def check(query: object, key: object, negatives: object, data: Data, in_batch: bool) -> None:
+    """All but values, in the order device, dtype, layout, rank, size."""
+    _checks.tensor("query", query, _checks.FLOATS)
+    assert isinstance(query, Tensor)
+    for name, vectors in (("key", key), ("negatives", negatives)):
+        if vectors is None and name == "negatives":
+            continue
+        _on_device(name, vectors, query)
+        _checks.tensor(name, vectors, _checks.FLOATS)
+        assert isinstance(vectors, Tensor)
+        if (query.dtype == torch.float64) != (vectors.dtype == torch.float64):
+            raise TypeError(f"query and {name} must both be float64 or neither, got {query.dtype} and {vectors.dtype}")
+    if query.dim() != 2 or query.shape[1] < 1:
+        raise ValueError(f"query must be [B, D] with D >= 1, got shape {list(query.shape)}")
+    assert isinstance(key, Tensor)
+    batch, dim = query.shape
+    if key.shape != query.shape:
+        raise ValueError(f"key must have query's shape {[batch, dim]}, got {list(key.shape)}")
+    extra = None
+    if isinstance(negatives, Tensor):
+        if negatives.dim() != 2 or negatives.shape[1] != dim:
+            raise ValueError(f"negatives must be [K, {dim}] for query's D = {dim}, got shape {list(negatives.shape)}")
+        extra = negatives.shape[0]
+
+    integers = (torch.int64, torch.int32)
+    columns = (batch if in_batch else 1) + (extra or 0)
+    for name, value, dtypes, shape in (
+        ("ids", data.ids, integers, (batch,)),
+        ("negative_ids", data.negative_ids, integers, (extra,)),
+        ("negative_mask", data.negative_mask, (torch.bool,), (extra,)),
+        ("log_q", data.log_q, _checks.FLOATS, (batch,)),
+        ("negative_log_q", data.negative_log_q, _checks.FLOATS, (extra,)),
+        ("target", data.target, _checks.FLOATS, (batch, columns)),
+    ):
+        if value is not None:
+            if extra is None and name.startswith("negative"):
+                raise ValueError(f"{name} must be None without negatives, got a tensor")
+            check_data(name, value, query, dtypes, shape)
+    if data.negative_ids is not None and data.ids is None:
+        raise ValueError("ids must be given with negative_ids, to which they are compared, got None")
+    if extra is not None and (data.log_q is None) != (data.negative_log_q is None):
+        missing, given = ("log_q", "negative_log_q")[:: 1 if data.log_q is None else -1]
+        raise ValueError(f"{missing} must be given with {given}, as all columns are compared, got None")
+
+
+def check_data(name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
+    _on_device(name, value, query)
+    _checks.tensor(name, value, dtypes)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} for query {list(query.shape)}, got {list(value.shape)}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require a gradient (none is taken of it), got one that does; use {name}.detach()"
+        )
+
+
+def _on_device(name: str, value: object, query: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
+
+
+def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log_q: str = "log_q") -> None:
+    """On the CPU always, on CUDA under set_debug(True), while tracing never (the losses are NaN then)."""
+    if torch.compiler.is_compiling() or not (query.device.type == "cpu" or _library.debug_enabled()):
+        return
+    for name, value in ((log_q, data.log_q), ("negative_log_q", data.negative_log_q)):
+        if value is not None and not torch.isfinite(value).all():
+            where = (~torch.isfinite(value)).nonzero()[0].tolist()
+            raise ValueError(f"{name} must be finite, got {value[tuple(where)].item()} at index {where}")
+    if data.target is not None:
+        bad = _bad_label(data.target, data, in_batch, max_logits)
+        if bad is not None:
+            raise ValueError(f"target must be {bad[0]} at index {bad[1]}")
+
+
+def _bad_label(target: Tensor, data: Data, in_batch: bool, max_logits: int) -> tuple[str, list[int]] | None:
+    """What the first label without meaning must be, and its index."""
+    own = 0 if in_batch else 1
+    for start, stop in chunks(target.shape[0], target.shape[1], max_logits):
+        labels = target[start:stop]
+        bad = ~((labels >= 0) & (labels < math.inf))
+        wanted = "finite and >= 0"
+        if not bad.any():
+            z = labels.new_zeros((stop - start, target.shape[1] - own))
+            leave_out_(z, start, data, in_batch)
+            if in_batch:
+                z.diagonal(start).zero_()
+            bad = torch.cat([labels[:, :own] != labels[:, :own], (z != 0) & (labels[:, own:] != 0)], 1)
+            wanted = "0 where ids or negative_mask leave a column out"
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            return f"{wanted}, got {labels[row, column].item():g}", [start + row, column]
+    return None
