@@ -8,17 +8,16 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from nce_ext import _warnings
 from nce_ext._version import __version__
 
 _missing: dict[str, str] = {}
 _debug = False
-_warned_of_reference = False
 
 
 def _load_cpu() -> str | None:
@@ -68,10 +67,9 @@ _has_cpu, _has_cuda = _load()
 operators_exist = _has_cpu  # the schemas come with the CPU kernels
 
 if not _has_cpu:
-    warnings.warn(
+    _warnings.warn_user(
         f"nce_ext runs on its pure-PyTorch reference backend, which is much slower: {_missing['fused (cpu)']}",
         RuntimeWarning,
-        stacklevel=2,
     )
 
 
@@ -124,15 +122,11 @@ def why_missing(device: torch.device) -> str:
 
 def warn_of_reference(device: torch.device) -> None:
     """Say, once, that a GPU is served by the reference backend; import is too early, since it may never be used."""
-    global _warned_of_reference
-    if _warned_of_reference:
-        return
-    _warned_of_reference = True
-    warnings.warn(
+    _warnings.warn_once(
+        f"reference on {device.type}",
         "nce_ext runs on its pure-PyTorch reference backend for tensors on "
         f"{device.type}, which is much slower: {why_missing(device)}. backend='reference' asks for it without warning.",
         RuntimeWarning,
-        stacklevel=5,
     )
 
 

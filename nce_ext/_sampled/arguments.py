@@ -12,7 +12,7 @@ from torch import Tensor
 from nce_ext import _checks
 from nce_ext._ops import library
 from nce_ext._ops.coo import COALESCED, DENSE, PADDED
-from nce_ext._ops.sample import draw_seed, sample
+from nce_ext._ops.sample import draw_seed
 from nce_ext.noise import Noise
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 from nce_ext.reference.dtypes import compute_dtype
@@ -202,7 +202,7 @@ def validate_and_flatten(
             negative_log_q = log_count(ids).to(operands.compute_dtype)
     elif shared:
         assert seed is not None
-        ids = sample(seed, noise.table, noise.kind, noise.n_classes, 1, k)
+        ids = noise.draw(seed, 1, k)
     negatives_shared = shared or bool(unique) or (negatives is not None and negatives.dim() == 1)
     return Call(
         operands,
@@ -231,7 +231,7 @@ def _draw_distinct(noise: Noise, k: int, seed: Tensor, unique: bool | str) -> tu
     if unique == "tf":
         ids, trials = noise.sample_distinct(k, seed=seed)
         return ids[None], lambda classes: noise.log_expected_count_tf(classes, k, trials)
-    ids = sample(seed, noise.table, noise.kind, noise.n_classes, 1, k)
+    ids = noise.draw(seed, 1, k)
     return ids, lambda classes: noise.log_inclusion(classes, k)
 
 
@@ -319,7 +319,8 @@ def _check_examples(hidden: Tensor, target: Tensor, log_z: float | Tensor, sampl
     multiple = target.dim() == hidden.dim() and target.shape[:-1] == batch_shape and target.shape[-1] >= 1
     if target.shape != batch_shape and not multiple:
         raise ValueError(
-            f"target must have shape {list(batch_shape)}, or {[*batch_shape, 'T']} with T >= 1 positives, got {list(target.shape)}"
+            f"target must have shape {list(batch_shape)}, or {[*batch_shape, 'T']} with T >= 1 positives, got "
+            f"{list(target.shape)}"
         )
     if isinstance(log_z, Tensor):
         _checks.tensor("log_z", log_z, _checks.FLOATS, hidden.device)
@@ -356,7 +357,8 @@ def _check_negatives(
         raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
     if math.prod(batch_shape) * (k + n_targets) >= 2**32:
         raise ValueError(
-            f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(batch_shape)} with k = {k}; split it"
+            f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(batch_shape)} with k = {k}; "
+            "split it"
         )
     if log_q is not None:
         if correction == "none":

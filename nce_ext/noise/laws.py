@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nce_ext import _checks, _ops, reference
-from nce_ext._ops import draw_seed
+from nce_ext import _checks, reference
+from nce_ext._ops.alias_table import alias_table
+from nce_ext._ops.sample import draw_seed, sample
 
 # sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
 _DRAWS, _DRAWS_PER_ID = 2**22, 64
@@ -61,7 +62,11 @@ class Noise(nn.Module):
         rows = math.prod(sizes[:-1])
         if rows > 2**32 or cols > 2**32:
             raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
-        return _ops.sample(self.kind, self.n_classes, self.table, seed, rows, cols).view(sizes)
+        return self.draw(seed, rows, cols).view(sizes)
+
+    def draw(self, seed: Tensor, rows: int, cols: int) -> Tensor:
+        """Draw ``cols`` ids for each of ``rows`` examples: ``sample`` of a known seed, without its checks."""
+        return sample(seed, self.table, self.kind, self.n_classes, rows, cols)
 
     def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Log-probability of drawing each id: of the law that ``sample`` realises, not of the one that was asked for.
@@ -286,7 +291,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 def table_of(counts: Tensor, power: float) -> Tensor:
     """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
-    return _ops.alias_table(*_unnormalised_law(counts, power))
+    return alias_table(*_unnormalised_law(counts, power))
 
 
 def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:
