@@ -17,8 +17,6 @@ from nce_ext import reference
 from nce_ext._ops import fakes as _fakes
 from nce_ext._ops import library as _library
 from nce_ext._ops.fakes import COALESCED, DENSE, PADDED, compute_dtype
-from nce_ext.reference import row_step as _row_step
-from nce_ext.reference.row_step import RowStep
 
 _registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]
 
@@ -86,16 +84,6 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
-def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
-    """A step on rows of a weight, or on all, by their gradient [U, D]; classes [U] ascending, each once."""
-    weight, state, numbers, seed = step
-    torch.autograd.graph.increment_version(weight)  # which compiled operators do not
-    if _library.fused_available(weight.device):
-        torch.ops.nce_ext.row_step_(weight, classes, gradient, *state, scale, seed, *numbers)
-    else:
-        _row_step.row_step_(weight, classes, gradient, state, numbers, scale, seed)
-
-
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of matrices.
 
@@ -139,24 +127,9 @@ def implement(name: str, function: Callable[..., Any]) -> None:
             torch.library.impl(f"nce_ext::{name}", device, kernel)
 
 
-def row_grad_step_(
-    ids: Tensor, dlogit: Tensor, grad_loss: Tensor, hidden: Tensor, step: RowStep, scale: Tensor | None, with_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """A step on weight by the gradient of these pairs; the touched classes [U] and, with_bias, bias's gradient [U]."""
-    torch.autograd.graph.increment_version(step.weight)
-    return torch.ops.nce_ext.row_grad_step_(
-        ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.numbers
-    )
-
-
 def row_grad_norm(*args: Any) -> Tensor:
     """Squared norm, float64 [1], of the gradient that row_grad would make; arguments as in its schema."""
     return torch.ops.nce_ext.row_grad_norm(*args)
-
-
-def scatter_step_(*args: Any) -> None:
-    """weight[id] -= rate * gradient for every pair, racy; arguments as in its schema."""
-    torch.ops.nce_ext.scatter_step_(*args)
 
 
 def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:

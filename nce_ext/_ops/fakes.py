@@ -130,23 +130,6 @@ def row_grad_dense(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, 
     )
 
 
-def row_step_(*_):
-    return None
-
-
-def scatter_step_(*_):
-    return None
-
-
-def row_grad_step_(ids, dlogit, grad_loss, hidden, weight, *rest):
-    with_bias = rest[7]
-    unique: Any = torch.library.get_ctx().new_dynamic_size()
-    if ids.device.type != "cpu":
-        unique = torch.sym_min(ids.numel(), weight.shape[0])
-    classes = ids.new_empty((unique,), dtype=torch.int64)
-    return classes, weight.new_empty((unique if with_bias else 0,))
-
-
 def row_grad_norm(ids, dlogit, grad_loss, hidden, n_classes, with_rows, with_bias):
     return hidden.new_empty((1,), dtype=torch.float64)
 
@@ -161,8 +144,5 @@ OF_OPERATORS = (
     shared_row_grad,
     row_grad,
     row_grad_dense,
-    row_step_,
-    scatter_step_,
-    row_grad_step_,
     row_grad_norm,
 )

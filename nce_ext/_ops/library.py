@@ -9,6 +9,8 @@ import importlib
 import os
 import platform
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -63,6 +65,21 @@ def _load() -> tuple[bool, bool]:
 
 
 _has_cpu, _has_cuda = _load()
+registered = _has_cpu  # whether there are operators at all: the library of the CPU's kernels has their schemas
+
+Fake = TypeVar("Fake", bound=Callable[..., object])
+
+
+def register_fake(name: str) -> Callable[[Fake], Fake]:
+    """Make a function what tracing runs in the place of an operator's kernels, if there are operators."""
+
+    def register(fake: Fake) -> Fake:
+        if registered:
+            torch.library.register_fake(f"nce_ext::{name}", fake)
+        return fake
+
+    return register
+
 
 if not _has_cpu:
     warnings.warn(

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
 from nce_ext import _checks, _ops
+from nce_ext._ops.row_grad_step import row_grad_step_
+from nce_ext._ops.row_step import row_step_
+from nce_ext._ops.scatter_step import scatter_step_
 from nce_ext.noise.laws import describe
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim.rules import SGD
@@ -262,19 +265,19 @@ class FusedStep:
         steps = {p: self.optimizer._prepare(self._group(p), p) for p in stepped}
         if merged is None:
             for p, step in steps.items():
-                _ops.row_step_(step, *rows_of(p.grad), scale)  # type: ignore[arg-type]
+                row_step_(step, *rows_of(p.grad), scale)  # type: ignore[arg-type]
             return
         weight, *bias = steps.values()
-        classes, elements = _ops.row_grad_step_(*merged, weight, scale, bool(bias))
+        classes, elements = row_grad_step_(*merged, weight, scale, bool(bias))
         for step in bias:
-            _ops.row_step_(step, classes, elements[:, None], scale)
+            row_step_(step, classes, elements[:, None], scale)
 
     def _scatter(self, pairs: list[_Pairs]) -> None:
         weight, *bias = self._parameters
         torch.autograd.graph.increment_version(self._parameters)
         rate = float(self._group(weight)["lr"])
         for each in pairs:
-            _ops.scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
+            scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
 
     def _give_gradients(self, merged: _Pairs) -> None:
         """Form the gradient after all, to join what is there already."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
+from nce_ext._ops.row_step import row_step_
 from nce_ext._tables.pages import empty_table
 from nce_ext.reference.row_step import SGD, RowState, RowStep, StepNumbers
 
@@ -104,7 +105,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 p.grad = gradient
         for group, p in by_rows:
             classes, rows = rows_of(p.grad)
-            _ops.row_step_(self._prepare(group, p), classes, rows)
+            row_step_(self._prepare(group, p), classes, rows)
         return loss
 
     def _steps_by_rows(self, p: Tensor) -> bool:
@@ -214,7 +215,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
                 numbers = StepNumbers(SGD, 1, 0.0, log_decay=state["log_decay"])
                 step = RowStep(weight, only_decay, numbers, self._seed(group, weight, state))
-                _ops.row_step_(step, None, nothing)
+                row_step_(step, None, nothing)
 
     # Saving and loading.
 
