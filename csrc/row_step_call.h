@@ -10,8 +10,8 @@
 
 namespace nce {
 
-// The numbers of a step, as the operators take them.
-struct StepNumbers {
+// What a step takes besides tensors, as the operators take it.
+struct Hyperparameters {
   int64_t rule, step;
   double rate, weight_decay, log_decay, beta1, beta2, eps;
   bool nesterov, maximize;
@@ -34,32 +34,34 @@ inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wan
 
 inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
                                 const std::optional<Tensor>& gradient_scale, const std::optional<Tensor>& seed,
-                                const StepNumbers& numbers) {
-  STD_TORCH_CHECK(numbers.rule >= 0 && numbers.rule <= 3, "rule must be 0, 1, 2 or 3, got ", numbers.rule);
+                                const Hyperparameters& hyperparameters) {
+  STD_TORCH_CHECK(hyperparameters.rule >= 0 && hyperparameters.rule <= 3, "rule must be 0, 1, 2 or 3, got ",
+                  hyperparameters.rule);
   check_rows("weight", weight);
   const Storage storage = storage_of("weight", weight);
   const ScalarType compute = compute_type(storage);
   const int64_t n_rows = weight.size(0), dim = weight.size(1);
   STD_TORCH_CHECK(n_rows <= 1 || weight.stride(0) >= dim, "weight must have rows that do not overlap");
   RowStep p{};
-  p.rule = static_cast<StepRule>(numbers.rule);
-  p.nesterov = numbers.nesterov;
-  p.maximize = numbers.maximize;
-  p.rate = numbers.rate;
-  p.weight_decay = numbers.weight_decay;
-  p.beta1 = numbers.beta1;
-  p.beta2 = numbers.beta2;
-  p.eps = numbers.eps;
-  p.log_decay = numbers.log_decay;
-  p.step = numbers.step;
+  p.rule = static_cast<StepRule>(hyperparameters.rule);
+  p.nesterov = hyperparameters.nesterov;
+  p.maximize = hyperparameters.maximize;
+  p.rate = hyperparameters.rate;
+  p.weight_decay = hyperparameters.weight_decay;
+  p.beta1 = hyperparameters.beta1;
+  p.beta2 = hyperparameters.beta2;
+  p.eps = hyperparameters.eps;
+  p.log_decay = hyperparameters.log_decay;
+  p.step = hyperparameters.step;
   p.dim = dim;
   p.n_rows = n_rows;
   p.weight = weight.mutable_data_ptr();
   p.weight_stride = weight.stride(0);
   const bool adam = p.rule == StepRule::kAdam, sgd = p.rule == StepRule::kSgd;
   STD_TORCH_CHECK(!adam || (state.first && state.second), "first and second must be given with rule 3");
-  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", numbers.rule);
-  STD_TORCH_CHECK(!adam || state.row_steps || numbers.step >= 1, "step must be >= 1, got ", numbers.step);
+  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", hyperparameters.rule);
+  STD_TORCH_CHECK(!adam || state.row_steps || hyperparameters.step >= 1, "step must be >= 1, got ",
+                  hyperparameters.step);
   p.first = state_of("first", state.first, adam || sgd, compute, {n_rows, dim}, weight);
   if (p.rule == StepRule::kRowwiseAdagrad) {
     p.second = state_of("second", state.second, true, compute, {n_rows}, weight);

@@ -49,7 +49,7 @@ def step_arguments(name="Adam", dtype=F32, n=V, dim=D, **changes):
 
 
 STATE = ("first", "second", "row_steps", "decayed", "master")
-NUMBERS = (
+HYPERPARAMETERS = (
     "rule", "step", "rate", "weight_decay", "log_decay", "beta1", "beta2", "eps", "nesterov", "maximize",
 )  # fmt: skip
 
@@ -60,10 +60,10 @@ def copied(arguments: dict) -> dict:
 
 def step_of_twin(arguments: dict) -> None:
     state = _row_step.RowState(*(arguments[key] for key in STATE))
-    numbers = _row_step.StepNumbers(*(arguments[key] for key in NUMBERS))
+    hyperparameters = _row_step.Hyperparameters(*(arguments[key] for key in HYPERPARAMETERS))
     _row_step.row_step_(
-        arguments["weight"], arguments["classes"], arguments["gradient"], state, numbers, arguments["gradient_scale"],
-        arguments["seed"],
+        arguments["weight"], arguments["classes"], arguments["gradient"], state, hyperparameters,
+        arguments["gradient_scale"], arguments["seed"],
     )  # fmt: skip
 
 

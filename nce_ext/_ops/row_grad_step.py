@@ -47,7 +47,7 @@ def row_grad_step_(
     """Step on a weight by the gradient of pairs: the touched classes [U] and, if ``with_bias``, bias's gradient [U]."""
     torch.autograd.graph.increment_version(step.weight)  # which compiled operators do not
     inputs = Inputs(
-        ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.numbers
+        ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.hyperparameters
     )
     classes, bias = torch.ops.nce_ext.row_grad_step_(*inputs)
     return classes, bias

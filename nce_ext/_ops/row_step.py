@@ -41,13 +41,13 @@ class Inputs(NamedTuple):
 
 def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
     """Step on the rows ``classes`` [U] of a weight, ascending, each once, or on all; their gradient is [U, D]."""
-    weight, state, numbers, seed = step
+    weight, state, hyperparameters, seed = step
     torch.autograd.graph.increment_version(weight)  # which compiled operators do not
     if library.fused_available(weight.device):
-        inputs = Inputs(weight, classes, gradient, *state, scale, seed, *numbers)
+        inputs = Inputs(weight, classes, gradient, *state, scale, seed, *hyperparameters)
         torch.ops.nce_ext.row_step_(*inputs)
     else:
-        reference.row_step_(weight, classes, gradient, state, numbers, scale, seed)
+        reference.row_step_(weight, classes, gradient, state, hyperparameters, scale, seed)
 
 
 @library.register_fake(OPERATOR)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nce_ext import _ops
 from nce_ext._ops.row_step import row_step_
 from nce_ext._tables.pages import empty_table
-from nce_ext.reference.row_step import SGD, RowState, RowStep, StepNumbers
+from nce_ext.reference.row_step import SGD, Hyperparameters, RowState, RowStep
 
 ROUNDINGS = ("stochastic", "nearest", "master")
 BIAS_CORRECTIONS = ("row", "global")
@@ -56,7 +56,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     # What a subclass says of its rule.
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         raise NotImplementedError
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -149,7 +149,7 @@ class RowOptimizer(torch.optim.Optimizer):
         if "decayed" in state and decay:
             state["log_decay"] += math.log1p(-decay)
         return RowStep(
-            weight, self._row_state(group, state), self._numbers(group, state), self._seed(group, weight, state)
+            weight, self._row_state(group, state), self._hyperparameters(group, state), self._seed(group, weight, state)
         )
 
     def _seed(self, group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor | None:
@@ -213,8 +213,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 weight = table_of(p)
                 nothing = weight.new_zeros((1, weight.shape[1])).expand_as(weight)
                 only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
-                numbers = StepNumbers(SGD, 1, 0.0, log_decay=state["log_decay"])
-                step = RowStep(weight, only_decay, numbers, self._seed(group, weight, state))
+                hyperparameters = Hyperparameters(SGD, 1, 0.0, log_decay=state["log_decay"])
+                step = RowStep(weight, only_decay, hyperparameters, self._seed(group, weight, state))
                 row_step_(step, None, nothing)
 
     # Saving and loading.
