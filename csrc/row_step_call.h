@@ -10,13 +10,6 @@
 
 namespace nce {
 
-// What a step takes besides tensors, as the operators take it.
-struct Hyperparameters {
-  int64_t rule, step;
-  double rate, weight_decay, log_decay, beta1, beta2, eps;
-  bool nesterov, maximize;
-};
-
 // The state of a table, as the operators take it.
 struct StepState {
   const std::optional<Tensor>&first, &second, &row_steps, &decayed, &master;
@@ -32,36 +25,29 @@ inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wan
   return t->mutable_data_ptr();
 }
 
+inline StepRule rule_of(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= 3, "rule must be 0, 1, 2 or 3, got ", code);
+  return static_cast<StepRule>(code);
+}
+
 inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
                                 const std::optional<Tensor>& gradient_scale, const std::optional<Tensor>& seed,
                                 const Hyperparameters& hyperparameters) {
-  STD_TORCH_CHECK(hyperparameters.rule >= 0 && hyperparameters.rule <= 3, "rule must be 0, 1, 2 or 3, got ",
-                  hyperparameters.rule);
   check_rows("weight", weight);
   const Storage storage = storage_of("weight", weight);
   const ScalarType compute = compute_type(storage);
   const int64_t n_rows = weight.size(0), dim = weight.size(1);
   STD_TORCH_CHECK(n_rows <= 1 || weight.stride(0) >= dim, "weight must have rows that do not overlap");
   RowStep p{};
-  p.rule = static_cast<StepRule>(hyperparameters.rule);
-  p.nesterov = hyperparameters.nesterov;
-  p.maximize = hyperparameters.maximize;
-  p.rate = hyperparameters.rate;
-  p.weight_decay = hyperparameters.weight_decay;
-  p.beta1 = hyperparameters.beta1;
-  p.beta2 = hyperparameters.beta2;
-  p.eps = hyperparameters.eps;
-  p.log_decay = hyperparameters.log_decay;
-  p.step = hyperparameters.step;
+  static_cast<Hyperparameters&>(p) = hyperparameters;
   p.dim = dim;
   p.n_rows = n_rows;
   p.weight = weight.mutable_data_ptr();
   p.weight_stride = weight.stride(0);
   const bool adam = p.rule == StepRule::kAdam, sgd = p.rule == StepRule::kSgd;
   STD_TORCH_CHECK(!adam || (state.first && state.second), "first and second must be given with rule 3");
-  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", hyperparameters.rule);
-  STD_TORCH_CHECK(!adam || state.row_steps || hyperparameters.step >= 1, "step must be >= 1, got ",
-                  hyperparameters.step);
+  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", static_cast<int>(p.rule));
+  STD_TORCH_CHECK(!adam || state.row_steps || p.step >= 1, "step must be >= 1, got ", p.step);
   p.first = state_of("first", state.first, adam || sgd, compute, {n_rows, dim}, weight);
   if (p.rule == StepRule::kRowwiseAdagrad) {
     p.second = state_of("second", state.second, true, compute, {n_rows}, weight);

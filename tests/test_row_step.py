@@ -38,6 +38,8 @@ def step_arguments(name="Adam", dtype=F32, n=V, dim=D, **changes):
         "rate": 0.3,
         "weight_decay": 0.0 if rule == ADAM else 0.1,
         "log_decay": -1.5,
+        "momentum": 0.7,
+        "dampening": 0.6,
         "beta1": 0.8,
         "beta2": 0.9,
         "eps": 1e-3,
@@ -50,7 +52,8 @@ def step_arguments(name="Adam", dtype=F32, n=V, dim=D, **changes):
 
 STATE = ("first", "second", "row_steps", "decayed", "master")
 HYPERPARAMETERS = (
-    "rule", "step", "rate", "weight_decay", "log_decay", "beta1", "beta2", "eps", "nesterov", "maximize",
+    "rule", "step", "rate", "weight_decay", "log_decay", "momentum", "dampening", "beta1", "beta2", "eps", "nesterov",
+    "maximize",
 )  # fmt: skip
 
 

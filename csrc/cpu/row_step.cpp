@@ -26,11 +26,11 @@ void check_classes(const int64_t* classes, int64_t n, int64_t n_rows) {
 void row_step_(Tensor weight, std::optional<Tensor> classes, Tensor gradient, std::optional<Tensor> first,
                std::optional<Tensor> second, std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
                std::optional<Tensor> master, std::optional<Tensor> gradient_scale, std::optional<Tensor> seed,
-               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double beta1,
-               double beta2, double eps, bool nesterov, bool maximize) {
-  const RowStep p =
-      prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                       {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
+               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double momentum,
+               double dampening, double beta1, double beta2, double eps, bool nesterov, bool maximize) {
+  const RowStep p = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
   check_gradient(gradient, classes, weight);
   const int64_t n = gradient.size(0);
   const auto* rows = classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr;
@@ -48,11 +48,12 @@ std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad
                                           std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
                                           std::optional<Tensor> master, std::optional<Tensor> gradient_scale,
                                           std::optional<Tensor> seed, bool with_bias, int64_t rule, int64_t step,
-                                          double rate, double weight_decay, double log_decay, double beta1,
-                                          double beta2, double eps, bool nesterov, bool maximize) {
-  const RowStep p =
-      prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                       {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
+                                          double rate, double weight_decay, double log_decay, double momentum,
+                                          double dampening, double beta1, double beta2, double eps, bool nesterov,
+                                          bool maximize) {
+  const RowStep p = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
   check_device("weight", weight, hidden);
   STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
   Segments s = sort_segments(ids, dlogit, grad_loss, hidden, p.n_rows, weight.scalar_type());

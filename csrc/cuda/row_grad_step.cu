@@ -63,12 +63,14 @@ std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad
                                           std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
                                           std::optional<Tensor> master, std::optional<Tensor> gradient_scale,
                                           std::optional<Tensor> seed, bool with_bias, int64_t rule, int64_t step,
-                                          double rate, double weight_decay, double log_decay, double beta1,
-                                          double beta2, double eps, bool nesterov, bool maximize) {
+                                          double rate, double weight_decay, double log_decay, double momentum,
+                                          double dampening, double beta1, double beta2, double eps, bool nesterov,
+                                          bool maximize) {
   const OnDevice device(hidden);
   SegmentSteps p{};
-  p.step = prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                            {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
+  p.step = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
   check_device("weight", weight, hidden);
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == p.step.dim, "hidden must have ", p.step.dim,
                   " columns, got shape ", shape_of(hidden));

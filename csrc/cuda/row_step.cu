@@ -36,12 +36,13 @@ void launch_row_step(const RowSteps& p, const OnDevice& device) {
 void row_step_(Tensor weight, std::optional<Tensor> classes, Tensor gradient, std::optional<Tensor> first,
                std::optional<Tensor> second, std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
                std::optional<Tensor> master, std::optional<Tensor> gradient_scale, std::optional<Tensor> seed,
-               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double beta1,
-               double beta2, double eps, bool nesterov, bool maximize) {
+               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double momentum,
+               double dampening, double beta1, double beta2, double eps, bool nesterov, bool maximize) {
   const OnDevice device(weight);
   RowSteps p{};
-  p.step = prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                            {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
+  p.step = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
   check_gradient(gradient, classes, weight);
   p.n = gradient.size(0);
   if (p.n == 0 || p.step.dim == 0 || p.step.n_rows == 0) return;

@@ -34,6 +34,8 @@ class Inputs(NamedTuple):
     rate: float
     weight_decay: float
     log_decay: float
+    momentum: float
+    dampening: float
     beta1: float
     beta2: float
     eps: float

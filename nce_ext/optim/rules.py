@@ -64,8 +64,8 @@ class SGD(RowOptimizer, torch.optim.SGD):
 
     def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         return Hyperparameters(
-            SGD_RULE, int(state["step"]), float(group["lr"]), float(group["weight_decay"]), beta1=group["momentum"],
-            beta2=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+            SGD_RULE, int(state["step"]), float(group["lr"]), float(group["weight_decay"]), momentum=group["momentum"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
         )  # fmt: skip
 
 
@@ -206,8 +206,8 @@ class _LazyAdam(RowOptimizer):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         coupled = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
         return Hyperparameters(
-            ADAM, int(state["step"]), float(group["lr"]), coupled, state.get("log_decay", 0.0), beta1, beta2,
-            group["eps"], maximize=group["maximize"],
+            ADAM, int(state["step"]), float(group["lr"]), coupled, log_decay=state.get("log_decay", 0.0), beta1=beta1,
+            beta2=beta2, eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
 

@@ -21,8 +21,10 @@ class Hyperparameters(NamedTuple):
     rate: float
     weight_decay: float = 0.0  # coupled: added to the gradient, times the weight
     log_decay: float = 0.0  # decoupled: sum over all steps of log(1 - rate * decay)
-    beta1: float = 0.0  # SGD: momentum
-    beta2: float = 0.0  # SGD: dampening
+    momentum: float = 0.0
+    dampening: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
     eps: float = 0.0
     nesterov: bool = False
     maximize: bool = False
@@ -83,12 +85,12 @@ def row_step_(
 
 def _sgd(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
     if state.first is not None:
-        take = torch.full((len(rows), 1), 1 - h.beta2, dtype=g.dtype, device=g.device)
+        take = torch.full((len(rows), 1), 1 - h.dampening, dtype=g.dtype, device=g.device)
         if touches is not None:
             take[touches == 1] = 1
-        first = h.beta1 * state.first[rows] + take * g
+        first = h.momentum * state.first[rows] + take * g
         state.first[rows] = first
-        g = g + h.beta1 * first if h.nesterov else first
+        g = g + h.momentum * first if h.nesterov else first
     return h.rate * g
 
 
