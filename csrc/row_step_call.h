@@ -1,9 +1,11 @@
-// A call of row_step_ or row_grad_step_ on any device, its arguments checked.
+// The operators row_step_ and row_grad_step_: their arguments, which are checked here, as a device's code takes them.
+// Each device registers an instance of the two entries, for a function of its own that does the work.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <tuple>
 
 #include "check.h"
 #include "row_step.h"
@@ -73,8 +75,18 @@ inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
   return p;
 }
 
-// Of row_step_: the rows' gradient, and their classes if not all rows are stepped on.
-inline void check_gradient(const Tensor& gradient, const std::optional<Tensor>& classes, const Tensor& weight) {
+struct RowStepCall {
+  RowStep step;
+  Storage storage;         // of weight and gradient
+  int64_t n;               // rows to step on
+  const int64_t* classes;  // [n]; null: rows 0 .. n - 1
+  const void* gradient;    // [n, dim]
+  int64_t gradient_stride;
+  const Tensor& weight;  // where kernels run and allocate
+};
+
+inline RowStepCall prepare_row_step_call(const RowStep& step, const Tensor& weight,
+                                         const std::optional<Tensor>& classes, const Tensor& gradient) {
   check_tensor("gradient", gradient, weight.scalar_type(), weight);
   check_rows("gradient", gradient);
   int64_t rows = weight.size(0);
@@ -85,6 +97,52 @@ inline void check_gradient(const Tensor& gradient, const std::optional<Tensor>& 
     rows = classes->size(0);
   }
   check_shape("gradient", gradient, {rows, weight.size(1)});
+  return {step,
+          storage_of("weight", weight),
+          rows,
+          classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr,
+          gradient.const_data_ptr(),
+          gradient.stride(0),
+          weight};
+}
+
+// The pairs are checked where they are sorted.
+struct RowGradStepCall {
+  RowStep step;
+  const Tensor &ids, &dlogit, &grad_loss, &hidden, &weight;
+  bool with_bias;
+};
+
+// kRun: void (const RowStepCall&).
+template <auto kRun>
+void row_step_(Tensor weight, std::optional<Tensor> classes, Tensor gradient, std::optional<Tensor> first,
+               std::optional<Tensor> second, std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
+               std::optional<Tensor> master, std::optional<Tensor> gradient_scale, std::optional<Tensor> seed,
+               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double momentum,
+               double dampening, double beta1, double beta2, double eps, bool nesterov, bool maximize) {
+  const RowStep p = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
+  kRun(prepare_row_step_call(p, weight, classes, gradient));
+}
+
+// kRun: std::tuple<Tensor, Tensor> (const RowGradStepCall&).
+template <auto kRun>
+std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor weight,
+                                          std::optional<Tensor> first, std::optional<Tensor> second,
+                                          std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
+                                          std::optional<Tensor> master, std::optional<Tensor> gradient_scale,
+                                          std::optional<Tensor> seed, bool with_bias, int64_t rule, int64_t step,
+                                          double rate, double weight_decay, double log_decay, double momentum,
+                                          double dampening, double beta1, double beta2, double eps, bool nesterov,
+                                          bool maximize) {
+  const RowStep p = prepare_row_step(
+      weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
+      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
+  check_device("weight", weight, hidden);
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have ", p.dim, " columns, got shape ", shape_of(hidden));
+  STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
+  return kRun(RowGradStepCall{p, ids, dlogit, grad_loss, hidden, weight, with_bias});
 }
 
 }  // namespace nce

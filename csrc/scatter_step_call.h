@@ -1,4 +1,5 @@
-// A call of scatter_step_ on any device, its arguments checked.
+// The operator scatter_step_: its arguments, which are checked here, as a device's code takes them. Each device
+// registers an instance of the entry, for a function of its own that does the work.
 #pragma once
 
 #include <optional>
@@ -38,6 +39,13 @@ inline ScatterStep prepare_scatter_step(const Tensor& ids, const Tensor& dlogit,
   p.bias = bias ? static_cast<float*>(bias->mutable_data_ptr()) : nullptr;
   p.rate = static_cast<float>(rate);
   return p;
+}
+
+// kRun: void (const ScatterStep&, const Tensor& weight), where the tensor says where kernels run.
+template <auto kRun>
+void scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor weight,
+                   std::optional<Tensor> bias, double rate) {
+  kRun(prepare_scatter_step(ids, dlogit, grad_loss, hidden, weight, bias, rate), weight);
 }
 
 }  // namespace nce
