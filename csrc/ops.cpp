@@ -97,14 +97,6 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
   m.def(
       "scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor(a!) weight, Tensor(b!)? bias, "
       "float rate) -> ()");
-
-  // One racy step of SGD inside the forward pass: weight[id] -= learning_rate * dlogit * hidden, and bias likewise.
-  // Loss [B] and the unscaled gradient of hidden [B, D], both of the weights as they were read.
-  m.def(
-      "scatter_sgd_(Tensor hidden, Tensor(a!) weight, Tensor(b!)? bias, Tensor target, Tensor? log_z, Tensor? seed, "
-      "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
-      "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
-      "int ignore_index, bool needs_hidden_grad, float learning_rate) -> (Tensor, Tensor)");
 }
 
 // Importing nce_ext._C loads the library, whose static initialisers register the operators; the module is empty.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _ops
+from nce_ext._ops.scatter_step import scatter_step_
 from nce_ext._sampled import arguments as _call
 from nce_ext._sampled import loss as _sampled
 from nce_ext.noise import Noise
@@ -273,12 +274,12 @@ def hogwild_sgd_(
         weight -= learning_rate * weight.grad; bias -= learning_rate * bias.grad
         return losses, hidden.grad
 
-    On CUDA a single kernel samples, reads the rows, and adds to them by atomics: no gradient of the rows ever exists,
-    nothing is sorted, and nothing is saved. An example may read a row that others have changed already, and additions
-    come in no order, so the result differs slightly from run to run (Recht et al., "Hogwild!: a lock-free approach to
-    parallelizing stochastic gradient descent", NeurIPS 2011; it is how word2vec trains). Elsewhere the step is
-    the exact one above: every example reads the weights as they were. autograd is not involved; train what made
-    ``hidden`` by ``hidden.backward(gradient)``.
+    On CUDA one kernel samples and reads the rows, and another adds to them by atomics: no gradient of the rows ever
+    exists, and nothing is sorted; 8 bytes a pair (id and derivative) lie between the two. Every example reads the
+    weights as they were, but additions come in no order, so the rows differ slightly from run to run (Recht et al.,
+    "Hogwild!: a lock-free approach to parallelizing stochastic gradient descent", NeurIPS 2011; it is how word2vec
+    trains). Elsewhere the step is the exact one above. autograd is not involved; train what made ``hidden`` by
+    ``hidden.backward(gradient)``.
 
     Args: as :func:`nce_loss`, but for
         weight: on CUDA float32; every row is written by many, so it must not be expanded (its stride of rows >= D).
@@ -310,9 +311,13 @@ def hogwild_sgd_(
         if weight.dtype != torch.float32:
             raise TypeError(f"weight must be float32 to be changed in place on CUDA, got {weight.dtype}")
         given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
-        losses, gradient = _sampled.guarded(
-            _ops.scatter_sgd_, (*call.operator_arguments(), True, float(learning_rate)), given, check_first=True
-        )
+        arguments = (*call.operator_arguments(), *call.objective, True, True, _ops.COALESCED)
+        losses, ids, dlogit, gradient = _sampled.guarded(_ops.sampled_loss_parts, arguments, given, check_first=True)
+        one = losses.new_ones(1).expand_as(losses)  # what a backward pass from their sum would begin with
+        scatter_step_(
+            ids, dlogit, one, arguments[0], weight.detach(), None if bias is None else bias.detach(),
+            float(learning_rate),
+        )  # fmt: skip
         return losses.reshape(call.lead), gradient.reshape(hidden.shape)
     with torch.enable_grad():
         compute = torch.promote_types(weight.dtype, torch.float32)

@@ -132,11 +132,6 @@ def row_grad_norm(*args: Any) -> Tensor:
     return torch.ops.nce_ext.row_grad_norm(*args)
 
 
-def scatter_sgd_(*args: Any) -> tuple[Tensor, Tensor]:
-    """Loss [B] and unscaled gradient of hidden of the racy in-place step; arguments as in its schema."""
-    return torch.ops.nce_ext.scatter_sgd_(*args)
-
-
 def keep_coalesced(parameter: Tensor | None) -> None:
     """Keep the flag that a leaf's sparse gradient is coalesced.
 

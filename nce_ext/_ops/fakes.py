@@ -44,19 +44,6 @@ def sampled_loss(
     )
 
 
-def scatter_sgd_(
-    hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-    subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index, needs_hidden_grad,
-    learning_rate,
-):  # fmt: skip
-    batch, dim = hidden.shape
-    compute = compute_dtype(weight.dtype)
-    return (
-        hidden.new_empty((batch,), dtype=compute),
-        hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute),
-    )
-
-
 def shared_loss_(
     logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits, row_scale, offset,
     uniform_labels, mean_candidates, n_draws, ignore_index, objective, positive_weight, label_smoothing, temperature,
@@ -138,7 +125,6 @@ OF_OPERATORS = (
     sample,
     alias_table,
     sampled_loss,
-    scatter_sgd_,
     shared_loss_,
     shared_loss,
     shared_row_grad,

@@ -26,7 +26,10 @@ class Inputs(NamedTuple):
 
 def scatter_step_(*arguments: Any) -> None:
     """Subtract ``rate`` times the gradient of every pair from its row, in no order; arguments are :class:`Inputs`."""
-    torch.ops.nce_ext.scatter_step_(*Inputs._make(arguments))
+    inputs = Inputs._make(arguments)
+    changed = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
+    torch.autograd.graph.increment_version(changed)  # which compiled operators do not
+    torch.ops.nce_ext.scatter_step_(*inputs)
 
 
 @library.register_fake(OPERATOR)

@@ -64,7 +64,7 @@ class Call(NamedTuple):
         return tuple(self.noise.log_prob(known_ids(self.noise, classes)) for classes in (self.target, ids))  # type: ignore
 
     def operator_arguments(self) -> tuple[Any, ...]:
-        """The first arguments of the operators sampled_loss and scatter_sgd_, which are the same."""
+        """The first arguments of the operator sampled_loss."""
         return (
             self.hidden if self.hidden.stride(-1) == 1 else self.hidden.contiguous(),
             self.weight, self.bias, self.target, self.log_z, self.seed, self.noise.table, self.ids, self.target_log_q,

@@ -274,7 +274,6 @@ class FusedStep:
 
     def _scatter(self, pairs: list[_Pairs]) -> None:
         weight, *bias = self._parameters
-        torch.autograd.graph.increment_version(self._parameters)
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
