@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
-from nce_ext import _checks, _ops
+from nce_ext import _checks, _ops, _private_torch
 from nce_ext._ops.row_grad_step import row_grad_step_
 from nce_ext._ops.row_step import row_step_
 from nce_ext._ops.scatter_step import scatter_step_
@@ -32,7 +31,7 @@ TWICE = (
 _DIFFERENT = -1  # columns of calls that cannot be merged
 
 
-class _Pairs(NamedTuple):
+class GradientPairs(NamedTuple):
     """What the gradient of weight and bias is the sum of, as row_grad takes it."""
 
     ids: Tensor  # int32 [B, C], -1: none
@@ -41,14 +40,14 @@ class _Pairs(NamedTuple):
     hidden: Tensor  # [B, D]
 
 
-class _Loss(torch.autograd.Function):
-    """The operator sampled_loss, whose backward hands its pairs to a stepper."""
+class FusedLoss(torch.autograd.Function):
+    """The operator sampled_loss, whose backward hands its pairs to a fused step."""
 
     @staticmethod
-    def forward(ctx, hidden, log_z, anchor, arguments, stepper):
+    def forward(ctx, hidden, log_z, anchor, arguments, fused_step):
         loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*arguments)
         ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
-        ctx.stepper, ctx.done = stepper, False
+        ctx.fused_step, ctx.done = fused_step, False
         ctx.of_rows = torch.autograd.graph.get_gradient_edge(anchor).node
         return loss
 
@@ -57,11 +56,13 @@ class _Loss(torch.autograd.Function):
         hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
-        if torch._C._will_engine_execute_node(ctx.of_rows):  # not where autograd.grad is after hidden's gradient alone
+        if _private_torch.will_run_in_this_pass(
+            ctx.of_rows
+        ):  # not where autograd.grad is after hidden's gradient alone
             if ctx.done:
                 raise RuntimeError(TWICE)
             ctx.done = True
-            ctx.stepper.add(_Pairs(ids, dlogit, grad_loss, hidden.detach()))
+            ctx.fused_step.add(GradientPairs(ids, dlogit, grad_loss, hidden.detach()))
         needs_hidden, needs_log_z = ctx.needs_input_grad[:2]
         return (
             (grad_hidden * grad_loss[:, None]).to(hidden.dtype) if needs_hidden else None,
@@ -70,11 +71,11 @@ class _Loss(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _Pass:
+class BackwardPass:
     """What one backward pass has brought so far."""
 
     def __init__(self) -> None:
-        self.pairs: list[_Pairs] = []
+        self.pairs: list[GradientPairs] = []
         self.rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
 
 
@@ -102,8 +103,8 @@ class FusedStep:
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = [p for p in (weight, bias) if p is not None]
         # Passes under way, by the engine's number. The engine alone holds them: one that fails is gone with its pairs.
-        self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
-        self._waiting: list[_Pairs] = []  # of passes that are over
+        self._under_way: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
+        self._waiting: list[GradientPairs] = []  # of passes that are over
         self._passes = 0
         self._lock = threading.RLock()  # passes of several threads step one after the other
 
@@ -111,7 +112,7 @@ class FusedStep:
         """None: a copy of the loss is not fused, as no optimizer that its owner knows has the copied parameters."""
         return type(None), ()
 
-    @_disable_dynamo  # what happens at the end of backward cannot be traced
+    @_private_torch.run_eagerly  # what happens at the end of backward cannot be traced
     def loss(
         self,
         function: Callable[..., Tensor],
@@ -198,23 +199,23 @@ class FusedStep:
         plain = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
         plain[-3:-1] = [hidden.requires_grad, True]  # the gradients of hidden and of the rows
         anchor = weight  # so that the loss has a graph even if hidden has none
-        return _Loss.apply(hidden, log_z, anchor, plain, self)
+        return FusedLoss.apply(hidden, log_z, anchor, plain, self)
 
     # During backward.
 
-    def _this_pass(self) -> _Pass:
+    def _this_pass(self) -> BackwardPass:
         """What the backward pass under way has brought; the first to ask has it end with a step."""
-        task = torch._C._current_graph_task_id()
+        task = _private_torch.backward_pass_id()
         arriving = self._under_way.get(task)
         if arriving is None:
-            self._under_way[task] = arriving = _Pass()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(arriving))
+            self._under_way[task] = arriving = BackwardPass()
+            _private_torch.at_end_of_backward(lambda: self._end(arriving))
         return arriving
 
-    def add(self, pairs: _Pairs) -> None:
+    def add(self, pairs: GradientPairs) -> None:
         self._this_pass().pairs.append(pairs)
 
-    def _end(self, arrived: _Pass) -> None:
+    def _end(self, arrived: BackwardPass) -> None:
         with self._lock:
             self._waiting += arrived.pairs
             for p, rows in arrived.rows:
@@ -235,7 +236,7 @@ class FusedStep:
         if racy:
             self._scatter(pairs)
 
-    def _step(self, pairs: list[_Pairs]) -> None:
+    def _step(self, pairs: list[GradientPairs]) -> None:
         if self.process_group is not None:
             pairs = self._gather(pairs)
         gradients = [p.grad for p in self._parameters]
@@ -252,15 +253,15 @@ class FusedStep:
             self._apply(merged, self._scale(norm))
         for p in self._parameters:
             p.grad = None
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers of the learning rate look for
+        _private_torch.mark_as_stepped(self.optimizer)
 
     def _is_finite(self, norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
         """Whether the step is taken; ``scaler.update()`` is to know, as if the scaler had looked itself."""
         finite = torch.isfinite(norm)
-        scaler._per_optimizer_states[id(self)]["found_inf_per_device"][norm.device] = (~finite).float()
+        _private_torch.record_found_inf(scaler, self, (~finite).float())
         return bool(finite)
 
-    def _apply(self, merged: _Pairs | None, scale: Tensor | None) -> None:
+    def _apply(self, merged: GradientPairs | None, scale: Tensor | None) -> None:
         stepped = [p for p in self._parameters if merged is not None or p.grad is not None]
         steps = {p: self.optimizer._prepare(self._group(p), p) for p in stepped}
         if merged is None:
@@ -272,13 +273,13 @@ class FusedStep:
         for step in bias:
             row_step_(step, classes, elements[:, None], scale)
 
-    def _scatter(self, pairs: list[_Pairs]) -> None:
+    def _scatter(self, pairs: list[GradientPairs]) -> None:
         weight, *bias = self._parameters
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
 
-    def _give_gradients(self, merged: _Pairs) -> None:
+    def _give_gradients(self, merged: GradientPairs) -> None:
         """Form the gradient after all, to join what is there already."""
         weight, *bias = self._parameters
         classes, rows, elements = _ops.row_grad(*merged, weight.shape[0], weight.dtype, True, bool(bias), False)
@@ -299,14 +300,14 @@ class FusedStep:
             return (factor * (self.max_norm / (norm + 1e-6)).clamp(max=1)).to(compute)
         return None if factor == 1 else torch.full((1,), factor, dtype=compute, device=weight.device)
 
-    def _norm(self, merged: _Pairs | None) -> Tensor:
+    def _norm(self, merged: GradientPairs | None) -> Tensor:
         if merged is not None:
             weight, *bias = self._parameters
             return _ops.row_grad_norm(*merged, weight.shape[0], True, bool(bias)).sqrt()
         rows = [rows_of(p.grad)[1].double() for p in self._parameters if p.grad is not None]
         return torch.stack([values.norm() for values in rows]).norm().reshape(1)
 
-    def _gather(self, pairs: list[_Pairs]) -> list[_Pairs]:
+    def _gather(self, pairs: list[GradientPairs]) -> list[GradientPairs]:
         """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
         weight, size = self._parameters[0], dist.get_world_size(self.process_group)
         tied = any(p.grad is not None for p in self._parameters)
@@ -336,10 +337,10 @@ class FusedStep:
             everyone = [torch.empty_like(padded) for _ in range(size)]
             dist.all_gather(everyone, padded, group=self.process_group)
             parts.append([each[:count] for each, count in zip(everyone, rows, strict=True)])
-        return [_Pairs(*each) for each in zip(*parts, strict=True)]
+        return [GradientPairs(*each) for each in zip(*parts, strict=True)]
 
 
-def _merge(pairs: list[_Pairs]) -> _Pairs:
+def _merge(pairs: list[GradientPairs]) -> GradientPairs:
     if len(pairs) == 1:
         return pairs[0]
     columns = sorted({each.ids.shape[1] for each in pairs})
@@ -347,12 +348,12 @@ def _merge(pairs: list[_Pairs]) -> _Pairs:
         raise RuntimeError(
             f"target must have as many positives, and k must be the same, in one step, got T + k = {columns}"
         )
-    return _Pairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+    return GradientPairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
 
 
-def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> _Pairs:
+def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> GradientPairs:
     compute = _ops.compute_dtype(weight.dtype)
-    return _Pairs(
+    return GradientPairs(
         torch.empty((0, columns), dtype=torch.int32, device=weight.device),
         torch.empty((0, columns), dtype=compute, device=weight.device),
         torch.empty(0, dtype=compute, device=weight.device),

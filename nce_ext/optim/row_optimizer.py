@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
+from nce_ext import _ops, _private_torch
 from nce_ext._ops.row_step import row_step_
 from nce_ext._tables.pages import empty_table
 from nce_ext.reference.row_step import SGD, Hyperparameters, RowState, RowStep
@@ -142,7 +142,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _prepare(self, group: dict[str, Any], p: Tensor) -> RowStep:
         """Count the step, and make what it needs; from here on nothing can fail."""
         state = self.state[p]
-        weight = table_of(p)
+        weight = as_rows(p)
         self._complete(group, p, state, weight)
         state["step"] += 1
         decay = self._decay(group)
@@ -210,7 +210,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 state = self.state.get(p, {})
                 if "decayed" not in state:
                     continue
-                weight = table_of(p)
+                weight = as_rows(p)
                 nothing = weight.new_zeros((1, weight.shape[1])).expand_as(weight)
                 only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
                 hyperparameters = Hyperparameters(SGD, 1, 0.0, log_decay=state["log_decay"])
@@ -263,7 +263,7 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bias_correction must be 'row' or 'global', got {group['bias_correction']!r}")
 
 
-def table_of(p: Tensor) -> Tensor:
+def as_rows(p: Tensor) -> Tensor:
     """A parameter as rows [V, D]: those of its first dimension."""
     if p.dim() < 2:
         return p.detach().view(-1, 1)
@@ -273,6 +273,6 @@ def table_of(p: Tensor) -> Tensor:
 def rows_of(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
     """Classes [U], or None for all, and rows [U, D] of a gradient."""
     if not gradient.is_sparse:
-        return None, table_of(gradient.contiguous())
+        return None, as_rows(gradient.contiguous())
     gradient = _ops.coalesce(gradient)
-    return gradient._indices()[0].contiguous(), table_of(gradient._values().contiguous())
+    return _private_torch.coo_classes(gradient).contiguous(), as_rows(_private_torch.coo_rows(gradient).contiguous())
