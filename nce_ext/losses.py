@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nce_ext import _checks, functional
 from nce_ext._sampled import arguments as _call
+from nce_ext._sampled import loss as _sampled
 from nce_ext._tables.pages import empty_table
 from nce_ext._tables.pinned import PinnedTables
 from nce_ext.noise import Noise, describe
@@ -124,6 +125,7 @@ class _SampledLoss(PinnedTables):
             negatives=negatives, log_q=log_q, sample_weight=sample_weight, seed=seed, generator=generator
         )  # fmt: skip
         if self._fused is not None and torch.is_grad_enabled():
+            function = _sampled.with_fused_step(function)
             return self._fused.loss(
                 function, hidden, self.weight, self.bias, target, self.noise, self.num_negatives, options
             )

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from nce_ext import reference
 from nce_ext._ops import fakes as _fakes
 from nce_ext._ops import library as _library
+from nce_ext._ops import sampled_loss as _sampled_loss  # noqa: F401  interim: before the function of that name
 from nce_ext._ops.fakes import COALESCED, DENSE, PADDED, compute_dtype
 
 _registered = "fused (cpu)" not in _library.build_info()["missing"]  # type: ignore[operator]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nce_ext import _checks, _ops, reference
+from nce_ext._ops.sampled_loss import Inputs
 from nce_ext._sampled import arguments as _call
 from nce_ext._sampled import shared as _shared
 from nce_ext.noise import Noise
@@ -17,6 +20,23 @@ from nce_ext.noise import Noise
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
 _MANY_ROWS = 4  # times the number of classes
 _warned: set[str] = set()  # hints that were given; each is given once
+
+
+_fused_step: ContextVar[Any] = ContextVar("fused_step", default=None)
+
+
+def with_fused_step(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Interim: a public function as one that takes ``fused_step`` as well."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, fused_step: Any, **options: Any) -> Tensor:
+        token = _fused_step.set(fused_step)
+        try:
+            return function(*arguments, **options)
+        finally:
+            _fused_step.reset(token)
+
+    return call
 
 
 def sampled_loss(
@@ -42,9 +62,9 @@ def sampled_loss(
         _hint_at_many_rows(call)
     given = (target, options["negatives"], noise, call.ignore_index, call.subtract_log_q, options["log_q"])
     weights = None if sample_weight is None else sample_weight.reshape(-1)
-    stepper = getattr(weight, "_nce_ext_stepper", None) if learns else None  # see _fused_step
-    if stepper is not None and (call.shared or not call.fused):
-        stepper.check_rows()
+    fused_step = _fused_step.get() if learns else None
+    if fused_step is not None and (call.shared or not call.fused):
+        fused_step.check_rows()
     if call.fused and call.shared:
         scale = None
         if reduction != "none" and (weights is None or not weights.requires_grad):
@@ -59,7 +79,9 @@ def sampled_loss(
             *call.operator_arguments(), *call.objective, learns and hidden.requires_grad, needs_row_grad,
             call.gradient_layout,
         )  # fmt: skip
-        operator = _ops.sampled_loss if stepper is None else stepper.sampled_loss
+        operator = _ops.sampled_loss
+        if fused_step is not None:
+            operator, arguments = fused_step.sampled_loss, (Inputs._make(arguments),)
         losses = guarded(operator, arguments, given, check_first=hidden.device.type != "cpu")
         _wait_for_rows(call)
     else:

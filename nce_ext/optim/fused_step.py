@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nce_ext import _checks, _ops, _private_torch
 from nce_ext._ops.row_grad_step import row_grad_step_
 from nce_ext._ops.row_step import row_step_
+from nce_ext._ops.sampled_loss import Inputs as SampledLossInputs
 from nce_ext._ops.scatter_step import scatter_step_
 from nce_ext.noise.laws import describe
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
@@ -44,11 +45,11 @@ class FusedLoss(torch.autograd.Function):
     """The operator sampled_loss, whose backward hands its pairs to a fused step."""
 
     @staticmethod
-    def forward(ctx, hidden, log_z, anchor, arguments, fused_step):
-        loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*arguments)
+    def forward(ctx, hidden, log_z, weight, inputs, fused_step):
+        loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*inputs)
         ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
         ctx.fused_step, ctx.done = fused_step, False
-        ctx.of_rows = torch.autograd.graph.get_gradient_edge(anchor).node
+        ctx.of_rows = torch.autograd.graph.get_gradient_edge(weight).node
         return loss
 
     @staticmethod
@@ -131,7 +132,8 @@ class FusedStep:
             )
         self._check(weight, bias)
         weight, bias = self._stand_ins()
-        return function(hidden, weight, target, noise, num_negatives, bias=bias, **{**options, "sparse": True})
+        options = {**options, "bias": bias, "sparse": True, "fused_step": self}
+        return function(hidden, weight, target, noise, num_negatives, **options)
 
     def _check(self, weight: Tensor, bias: Tensor | None) -> None:
         """Whatever could stop a step stops the forward pass."""
@@ -162,7 +164,6 @@ class FusedStep:
         stand_ins = []
         for p in self._parameters:
             stand_in = p.detach().requires_grad_()
-            stand_in._nce_ext_stepper = self  # type: ignore[attr-defined]
             stand_in.register_post_accumulate_grad_hook(self._take_rows(p))
             stand_ins.append(stand_in)
         return stand_ins[0], stand_ins[1] if len(stand_ins) == 2 else None
@@ -193,13 +194,11 @@ class FusedStep:
                 "gradient rows are not exchanged"
             )
 
-    def sampled_loss(self, *arguments: Any) -> Tensor:
-        """The operator's loss [B], arguments as its own."""
-        hidden, weight, log_z = arguments[0], arguments[1], arguments[4]
-        plain = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-        plain[-3:-1] = [hidden.requires_grad, True]  # the gradients of hidden and of the rows
-        anchor = weight  # so that the loss has a graph even if hidden has none
-        return FusedLoss.apply(hidden, log_z, anchor, plain, self)
+    def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
+        """Run the operator sampled_loss, whose backward will leave its pairs here; the loss of each example [B]."""
+        plain = inputs._make(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        plain = plain._replace(needs_hidden_grad=inputs.hidden.requires_grad, needs_row_grad=True)
+        return FusedLoss.apply(inputs.hidden, inputs.log_z, inputs.weight, plain, self)
 
     # During backward.
 
