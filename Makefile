@@ -87,7 +87,7 @@ build/sanitized/test_%: tests/cpp/test_%.cpp tests/cpp/problem.h $(SANITIZED_KER
 sanitize: $(CPP_TESTS)  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	for program in $(CPP_TESTS); do ./$$program || exit 1; done
 
-EMULATED := kernels sampled_loss whole_example scatter row_grad row_step scatter_step shared_loss
+EMULATED := kernels sampled_loss whole_example row_grad row_step scatter_step shared_loss
 EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)
 EMULATED_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
 	-Wno-missing-field-initializers -I csrc/cuda -I tests/emulator

@@ -69,14 +69,14 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "bool with_rows, bool with_bias) -> (Tensor, Tensor)");
 
   // One step of an optimizer on rows of weight [V, D], in place: on those that classes, int64 [U] ascending, names (on
-  // CUDA -1: none), or on all of them. gradient is [U, D], of weight's dtype. rule is 0 SGD (beta1 momentum, beta2
-  // dampening), 1 Adagrad, 2 row-wise Adagrad, 3 Adam; csrc/row_step.h says what the states are. With a seed 16-bit
-  // weights are rounded at random.
+  // CUDA -1: none), or on all of them. gradient is [U, D], of weight's dtype. rule is 0 SGD, 1 Adagrad,
+  // 2 row-wise Adagrad, 3 Adam; csrc/row_step.h says what the states and the numbers are. With a seed 16-bit weights
+  // are rounded at random.
   m.def(
       "row_step_(Tensor(a!) weight, Tensor? classes, Tensor gradient, Tensor(b!)? first, Tensor(c!)? second, "
       "Tensor(d!)? row_steps, Tensor(e!)? decayed, Tensor(f!)? master, Tensor? gradient_scale, Tensor? seed, int rule, "
-      "int step, float rate, float weight_decay, float log_decay, float beta1, float beta2, float eps, bool nesterov, "
-      "bool maximize) -> ()");
+      "int step, float rate, float weight_decay, float log_decay, float momentum, float dampening, float beta1, "
+      "float beta2, float eps, bool nesterov, bool maximize) -> ()");
 
   // row_grad and row_step_ in one: the gradient of weight's rows is applied as it is summed, and never exists. Classes
   // int64 [U] and, if with_bias, the bias's gradient [U]; on CUDA they are padded to min(B (T + k), V), classes with
@@ -85,7 +85,8 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
       "row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor(a!) weight, "
       "Tensor(b!)? first, Tensor(c!)? second, Tensor(d!)? row_steps, Tensor(e!)? decayed, Tensor(f!)? master, "
       "Tensor? gradient_scale, Tensor? seed, bool with_bias, int rule, int step, float rate, float weight_decay, "
-      "float log_decay, float beta1, float beta2, float eps, bool nesterov, bool maximize) -> (Tensor, Tensor)");
+      "float log_decay, float momentum, float dampening, float beta1, float beta2, float eps, bool nesterov, "
+      "bool maximize) -> (Tensor, Tensor)");
 
   // Squared norm, float64 [1], of the gradient that row_grad would make.
   m.def(
@@ -96,14 +97,6 @@ STABLE_TORCH_LIBRARY(nce_ext, m) {
   m.def(
       "scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor(a!) weight, Tensor(b!)? bias, "
       "float rate) -> ()");
-
-  // One racy step of SGD inside the forward pass: weight[id] -= learning_rate * dlogit * hidden, and bias likewise.
-  // Loss [B] and the unscaled gradient of hidden [B, D], both of the weights as they were read.
-  m.def(
-      "scatter_sgd_(Tensor hidden, Tensor(a!) weight, Tensor(b!)? bias, Tensor target, Tensor? log_z, Tensor? seed, "
-      "Tensor table, Tensor? negatives, Tensor? target_log_q, Tensor? negative_log_q, int kind, int num_negatives, "
-      "bool subtract_log_q, float offset, bool remove_hits, bool uniform_labels, bool mean_candidates, "
-      "int ignore_index, bool needs_hidden_grad, float learning_rate) -> (Tensor, Tensor)");
 }
 
 // Importing nce_ext._C loads the library, whose static initialisers register the operators; the module is empty.

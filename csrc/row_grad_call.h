@@ -31,8 +31,8 @@ struct RowGradCall {
   Storage storage, hidden_storage;  // of the gradient, of hidden
 };
 
-inline RowGradCall check_row_grad(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss,
-                                  const Tensor& hidden, int64_t n_classes, ScalarType dtype) {
+inline RowGradCall check_row_grad(const PairArguments& pairs, int64_t n_classes, ScalarType dtype) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
   check_tensor("ids", ids, ScalarType::Int, hidden);
   STD_TORCH_CHECK(ids.dim() == 2 && ids.is_contiguous(), "ids must be 2-D and contiguous, got ", shape_of(ids));
   STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DIMS = [1, 8, 33, 100, 128, 300, 1024]
 RULES: dict[str, dict[str, Any]] = {
     "SGD": {"rule": SGD},
-    "Nesterov": {"rule": SGD, "beta1": 0.9, "beta2": 0.0, "nesterov": True, "weight_decay": 0.1, "counted": True},
+    "Nesterov": {"rule": SGD, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "counted": True},
     "Adagrad": {"rule": ADAGRAD, "eps": 1e-10},
     "row-wise Adagrad": {"rule": ROWWISE, "eps": 1e-10, "weight_decay": 0.1},
     "AdamW": {"rule": ADAM, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "counted": True, "decoupled": True},
@@ -35,7 +35,7 @@ class Table:
         torch.manual_seed(dim)
         self.rule, shape = rule, (V, dim)
         number = functools.partial(torch.randn, dtype=torch.float64)
-        momentum = rule["rule"] == ADAM or rule.get("beta1", 0) > 0
+        momentum = rule["rule"] == ADAM or rule.get("momentum", 0) > 0
         self.weight = number(shape).to(dtype)
         self.first = number(shape).to(compute(dtype)) if momentum else None
         second = number(V if rule["rule"] == ROWWISE else shape).square().to(compute(dtype))
@@ -49,8 +49,9 @@ class Table:
     def numbers(self) -> tuple:
         get = self.rule.get
         log_decay = -0.3 if get("decoupled") else 0.0
-        real = (0.05, get("weight_decay", 0.0), log_decay, get("beta1", 0.0), get("beta2", 0.0), get("eps", 0.0))
-        return (self.rule["rule"], 7, *real, get("nesterov", False), False)
+        rates = (0.05, get("weight_decay", 0.0), log_decay, get("momentum", 0.0), 0.0)
+        adam = (get("beta1", 0.0), get("beta2", 0.0), get("eps", 0.0))
+        return (self.rule["rule"], 7, *rates, *adam, get("nesterov", False), False)
 
     def on(self, device: torch.device) -> tuple[Tensor, list[Tensor | None]]:
         copies = [self.weight, self.first, self.second, self.steps, self.decayed, None, self.scale, self.seed]

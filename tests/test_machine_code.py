@@ -18,7 +18,7 @@ from facts import Facts, RowLoop
 
 # Groups of 8 lanes, 2 rows in each: a batch has 8 rows, and 1 + 2 exchanges.
 NAME = "sampled_loss_kernel<float,RowShape<1,8,2,6,false,true>,16,binary>"
-UPDATE, WHOLE = NAME.replace("binary", "update"), NAME.replace("binary", "whole")
+WHOLE = NAME.replace("binary", "whole")
 
 # As nvdisasm -c prints it.
 LISTING = """\
@@ -259,16 +259,6 @@ def test_another_release_of_nvcc_widens_the_tolerance():
     assert table.tolerance_between("13.1.9", "13.0.88") == 0.25
 
 
-def test_vector_reductions_are_required_where_they_exist():
-    scalar = measured(BATCHES.replace("top:", "top: RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4\n"), UPDATE)
-    assert scalar.wide_reductions == 0
-    assert not table.required(UPDATE, "sm_80", scalar)
-    for architecture in ("sm_90", "sm_100"):
-        assert table.required(UPDATE, architecture, scalar) == ["red16: 0 in the row loop, which adds to 2 vectors"]
-    wide = measured(BATCHES.replace("top:", "top:" + 2 * " REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU [R2.64], R4\n"), UPDATE)
-    assert not table.required(UPDATE, "sm_90", wide)
-
-
 @pytest.mark.parametrize(
     ("name", "loads"), [("row_step_kernel<Half,true>", 7), ("segment_steps_kernel<float,BFloat16,16>", 9)]
 )
@@ -305,8 +295,8 @@ def test_the_table_is_read_back_as_written():
 def test_names():
     short = facts_of_code.short_name
     shape = "nce::cuda::RowShape<2, 32, 4, 5, false, true>"
-    arguments = f"<nce::cuda::BFloat16, {shape}, (nce::cuda::Access)16, (nce::cuda::Purpose)2>"
-    name = short(f"void nce::cuda::sampled_loss_kernel{arguments}(nce::SampledLoss, nce::cuda::InPlaceUpdate)")
+    arguments = f"<nce::cuda::BFloat16, {shape}, (nce::cuda::Access)16, (nce::cuda::Purpose)1>"
+    name = short(f"void nce::cuda::sampled_loss_kernel{arguments}(nce::SampledLoss)")
     assert name == "sampled_loss_kernel<BFloat16,RowShape<2,32,4,5,false,true>,16,whole>"
     assert facts_of_code.shape_of(name) == facts_of_code.Shape(16, 4, 8, 1024, 8, "whole")
     assert short("nce::cuda::(anonymous namespace)::sample_kernel(nce::cuda::Sample)") == "sample_kernel"

@@ -38,6 +38,8 @@ def step_arguments(name="Adam", dtype=F32, n=V, dim=D, **changes):
         "rate": 0.3,
         "weight_decay": 0.0 if rule == ADAM else 0.1,
         "log_decay": -1.5,
+        "momentum": 0.7,
+        "dampening": 0.6,
         "beta1": 0.8,
         "beta2": 0.9,
         "eps": 1e-3,
@@ -49,8 +51,9 @@ def step_arguments(name="Adam", dtype=F32, n=V, dim=D, **changes):
 
 
 STATE = ("first", "second", "row_steps", "decayed", "master")
-NUMBERS = (
-    "rule", "step", "rate", "weight_decay", "log_decay", "beta1", "beta2", "eps", "nesterov", "maximize",
+HYPERPARAMETERS = (
+    "rule", "step", "rate", "weight_decay", "log_decay", "momentum", "dampening", "beta1", "beta2", "eps", "nesterov",
+    "maximize",
 )  # fmt: skip
 
 
@@ -60,10 +63,10 @@ def copied(arguments: dict) -> dict:
 
 def step_of_twin(arguments: dict) -> None:
     state = _row_step.RowState(*(arguments[key] for key in STATE))
-    numbers = _row_step.StepNumbers(*(arguments[key] for key in NUMBERS))
+    hyperparameters = _row_step.Hyperparameters(*(arguments[key] for key in HYPERPARAMETERS))
     _row_step.row_step_(
-        arguments["weight"], arguments["classes"], arguments["gradient"], state, numbers, arguments["gradient_scale"],
-        arguments["seed"],
+        arguments["weight"], arguments["classes"], arguments["gradient"], state, hyperparameters,
+        arguments["gradient_scale"], arguments["seed"],
     )  # fmt: skip
 
 

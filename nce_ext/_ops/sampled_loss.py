@@ -85,7 +85,7 @@ _NO_GRADS = Inputs._make([None] * len(Inputs._fields))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    given, made, needs = Inputs._make(inputs), Outputs._make(output), Inputs._make(ctx.needs_input_grad)
+    given, made, needs = Inputs._make(inputs), Outputs._make(output), library.needed_gradients(ctx, Inputs)
     ctx.set_materialize_grads(False)
     weight = given.weight
     ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return tuple(_NO_GRADS)
     hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
-    needs, grads, table = Inputs._make(ctx.needs_input_grad), _NO_GRADS, ctx.table
+    needs, grads, table = library.needed_gradients(ctx, Inputs), _NO_GRADS, ctx.table
     if needs.hidden:
         grads = grads._replace(hidden=(grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype))
     if needs.weight or needs.bias:

@@ -198,7 +198,7 @@ _NO_GRADS = Inputs._make([None] * len(Inputs._fields))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    given, made, needs = Inputs._make(inputs), Outputs._make(output), Inputs._make(ctx.needs_input_grad)
+    given, made, needs = Inputs._make(inputs), Outputs._make(output), library.needed_gradients(ctx, Inputs)
     ctx.set_materialize_grads(False)
     weight = given.weight
     ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
@@ -222,7 +222,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return tuple(_NO_GRADS)
     hidden, *rest = ctx.saved_tensors
-    saved, needs, grads, table = Outputs._make(rest), Inputs._make(ctx.needs_input_grad), _NO_GRADS, ctx.table
+    saved, needs, grads, table = Outputs._make(rest), library.needed_gradients(ctx, Inputs), _NO_GRADS, ctx.table
     if needs.hidden:
         grad_hidden = saved.grad_hidden
         if grad_loss.shape[0] != 1 or not is_one(grad_loss):
