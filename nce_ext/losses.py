@@ -208,6 +208,16 @@ class _SampledLoss(PinnedTables):
             sparse=self.sparse, backend=self.backend,
         )  # fmt: skip
 
+    def _objective(self) -> Objective:
+        """Describe what this loss makes of an example's corrected scores."""
+        return BINARY_OBJECTIVE
+
+    def _call_options(self) -> dict[str, Any]:
+        """Collect the module's options as ``_call.prepare`` takes them, without log_z and objective."""
+        options = self._options(0.0)
+        del options["log_z"]
+        return options
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all classes: ``F.linear(hidden, weight, bias)``, [..., V]. Costs O(V D) an example."""
         return F.linear(hidden, self.weight, self.bias)
@@ -307,6 +317,14 @@ class NegativeSamplingLoss(_SampledLoss):
         )
         return {**super()._options(log_z), **own}
 
+    def _objective(self) -> Objective:
+        return _call.negative_sampling_objective(self.adversarial_temperature, self.calibration)
+
+    def _call_options(self) -> dict[str, Any]:
+        options = super()._call_options()
+        del options["adversarial_temperature"]
+        return options
+
 
 class SampledSoftmaxLoss(_SampledLoss):
     """Softmax over the target and k sampled negatives (ranking NCE), at a cost independent of the number of classes.
@@ -349,3 +367,11 @@ class SampledSoftmaxLoss(_SampledLoss):
         options = super()._options(log_z)
         del options["log_z"], options["candidate_reduction"]
         return {**options, "label_smoothing": self.label_smoothing, "correct_positive": self.correct_positive}
+
+    def _objective(self) -> Objective:
+        return _call.softmax_objective(self.label_smoothing, self.correct_positive)
+
+    def _call_options(self) -> dict[str, Any]:
+        options = _SampledLoss._options(self, 0.0)
+        del options["log_z"]
+        return options
