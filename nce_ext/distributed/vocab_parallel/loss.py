@@ -17,7 +17,7 @@ from nce_ext.distributed.collectives import Collectives
 from nce_ext.distributed.vocab_parallel import batch as _sharded_batch
 from nce_ext.distributed.vocab_parallel import scores as _sharded_scores
 from nce_ext.distributed.vocab_parallel.state import ShardedState
-from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, bias_of_noise
+from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss, bias_of_noise
 from nce_ext.noise import Noise, describe
 
 _BLOCK = 1024  # rows that one seed initialises
@@ -88,7 +88,7 @@ class ShardedLoss(ShardedState):
         self._summed: tuple[tuple[int, int], int] | None = None
         self.collectives = Collectives(device_mesh.get_group())
         with self.collectives.step():
-            if not isinstance(loss_fn, (NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss)):
+            if not isinstance(loss_fn, _SampledLoss):
                 raise TypeError(
                     "loss_fn must be an NCELoss, NegativeSamplingLoss or SampledSoftmaxLoss, which have a vocabulary, "
                     f"got {describe(loss_fn)}"
@@ -105,21 +105,13 @@ class ShardedLoss(ShardedState):
 
     # Construction
 
-    def _take_options(self, loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss) -> None:
+    def _take_options(self, loss_fn: _SampledLoss) -> None:
         self.in_features, self.n_classes, self.num_negatives = (
             loss_fn.in_features, loss_fn.n_classes, loss_fn.num_negatives,
         )  # fmt: skip
         self._name, self._described = type(loss_fn).__name__, loss_fn.extra_repr()
-        options = loss_fn._options(0.0)
-        if isinstance(loss_fn, SampledSoftmaxLoss):
-            objective = _call.softmax_objective(options.pop("label_smoothing"), options.pop("correct_positive"))
-            options.update(objective=objective, log_z=0.0, candidate_reduction="sum")
-        elif isinstance(loss_fn, NegativeSamplingLoss):
-            temperature = options.pop("adversarial_temperature")
-            options["objective"] = _call.negative_sampling_objective(temperature, options["calibration"])
-        self.reduction = options["reduction"]
-        del options["log_z"]
-        self._options = options
+        self._options = {**loss_fn._call_options(), "objective": loss_fn._objective()}
+        self.reduction = self._options["reduction"]
 
     def _take_noise(self, noise: Noise) -> None:
         kind = self.device_mesh.device_type
@@ -142,7 +134,7 @@ class ShardedLoss(ShardedState):
         return f"{self.noise} with a table of checksum {self._summed[1]}"
 
     @torch.no_grad()
-    def _take_rows(self, loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss) -> None:
+    def _take_rows(self, loss_fn: _SampledLoss) -> None:
         self.first, self.last = self._classes_of(self.collectives.rank)
         rows, meta = slice(self.first, self.last), loss_fn.weight.is_meta
         weight = empty_table(self.last - self.first, self.in_features, self.device, loss_fn.weight.dtype)
