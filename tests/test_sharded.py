@@ -16,8 +16,8 @@ from load_example import EXAMPLES
 from ranks import sharded_cases, sharded_checks
 from torchrun import torchrun
 
-from nce_ext.distributed.vocab_parallel import objective as objectives
 from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
+from nce_ext.reference import objective as objectives
 
 # What test_errors_modules looks for.
 REFUSALS = {name: row[-1] for name, row in sharded_checks.OTHERS.items()}

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from nce_ext import _ops
 from nce_ext._sampled import shared as _shared
-from nce_ext.distributed.vocab_parallel import objective as objectives
 from nce_ext.distributed.vocab_parallel.batch import Rules, Tensors
 from nce_ext.reference import BINARY, SOFTMAX
+from nce_ext.reference import objective as objectives
 
 
 class Losses(torch.autograd.Function):
