@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 from nce_ext import _ops
 from nce_ext._sampled import shared as _shared
 from nce_ext.distributed.vocab_parallel.batch import Rules, Tensors
-from nce_ext.reference import BINARY, SOFTMAX
-from nce_ext.reference import objective as objectives
+from nce_ext.reference.objective import ReducedExamples
 
 
 class Losses(torch.autograd.Function):
@@ -167,25 +166,24 @@ def _reduce(tensors: Tensors, rules: Rules) -> tuple[Tensor, Tensor, Tensor]:
     batch, n_targets = tensors.target.shape
     objective, compute = rules.objective, _ops.compute_dtype(tensors.weight.dtype)
     largest = torch.zeros(batch, dtype=compute, device=tensors.hidden.device)
-    partial = largest.new_zeros((batch, n_targets + objectives.N_SUMS[objective.kind]))
+    partial = largest.new_zeros((batch, n_targets + objective.n_sums))
     target_z, sums = partial[:, :n_targets], partial[:, n_targets:]
     for chunk in _chunks(tensors, rules):
         target_z[chunk.examples] = chunk.target_z
-        largest[chunk.examples], sums[chunk.examples] = objectives.partial(objective, chunk.z, chunk.counts)
+        largest[chunk.examples], sums[chunk.examples] = objective.partial(chunk.z, chunk.counts)
     common = largest
-    if objective.kind != BINARY:
+    if objective.has_maximum:
         common = rules.collectives.all_reduce(largest, "max")
-        sums.copy_(objectives.rebase(objective, largest, sums, common))
+        sums.copy_(objective.rebase(largest, sums, common))
     whole = rules.collectives.all_reduce(partial)
     return whole[:, :n_targets], common, whole[:, n_targets:]
 
 
-def _examples(tensors: Tensors, rules: Rules, target_z: Tensor, largest: Tensor, sums: Tensor) -> objectives.Examples:
+def _examples(tensors: Tensors, rules: Rules, target_z: Tensor, largest: Tensor, sums: Tensor) -> ReducedExamples:
     n_positive = tensors.positive.sum(1, keepdim=True).clamp_min(1).to(sums.dtype)
     label = 1 / n_positive if rules.uniform_labels else torch.ones_like(n_positive)
-    return objectives.Examples(
-        rules.objective, tensors.positive, torch.where(tensors.positive, label, 0),
-        tensors.target_log_q if rules.objective.kind == SOFTMAX else None,
+    return rules.objective.reduced_examples(
+        tensors.positive, torch.where(tensors.positive, label, 0), tensors.target_log_q,
         None if rules.n_draws is None else n_positive[:, 0] + rules.n_draws, target_z, largest, sums,
     )  # fmt: skip
 
