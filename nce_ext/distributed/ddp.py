@@ -73,7 +73,7 @@ class RowSparseDDP(DistributedDataParallel):
     def _build_params_for_reducer(self) -> tuple[list[Tensor], list[bool]]:
         """DDP's own, which asks only the modules of torch.nn whether they are sparse."""
         parameters, sparse = super()._build_params_for_reducer()
-        rows = {id(p) for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse for p in _rows_of(m)}
+        rows = {id(p) for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse for p in _tables_of(m)}
         self._told = True
         return parameters, [known or id(p) in rows for known, p in zip(sparse, parameters, strict=True)]
 
@@ -101,7 +101,7 @@ def sparse_gradient_hook(
         return work.get_future().then(lambda reduced: reduced.value()[0])
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     with collectives.step():
-        mean = _merged(gradient, gradient, collectives)
+        mean = _mean_over_ranks(gradient, gradient, collectives)
         assert mean is not None
     future.set_result(mean)
     return future
@@ -139,12 +139,12 @@ def reduce_sparse_gradients(parameters: Iterable[Tensor], group: dist.ProcessGro
             if p.grad is not None and not (p.grad.is_sparse and p.grad.sparse_dim() == 1):
                 raise TypeError(f"parameters must have row-sparse gradients, got {describe(p.grad)} at index {i}")
         collectives.agree(**{"the number of parameters": len(parameters)})
-        reduced = [_merged(p.grad, p, collectives) for p in parameters]
+        reduced = [_mean_over_ranks(p.grad, p, collectives) for p in parameters]
     for p, gradient in zip(parameters, reduced, strict=True):
         p.grad = gradient
 
 
-def _merged(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
+def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
     """The mean over ranks of COO gradients [V, ...], coalesced; the rows of a class are added in the order of ranks."""
     shape = tuple(like.shape)
     # Half the bytes of int64, wherever classes fit.
@@ -166,5 +166,5 @@ def _merged(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> 
     return whole
 
 
-def _rows_of(loss_fn: _SampledLoss) -> list[nn.Parameter]:
+def _tables_of(loss_fn: _SampledLoss) -> list[nn.Parameter]:
     return [p for p in (loss_fn.weight, loss_fn.bias) if p is not None]

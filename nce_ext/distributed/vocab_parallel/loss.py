@@ -14,13 +14,13 @@ from nce_ext import _checks, _ops
 from nce_ext._sampled import arguments as _call
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
-from nce_ext.distributed.vocab_parallel import batch as _sharded_batch
-from nce_ext.distributed.vocab_parallel import scores as _sharded_scores
+from nce_ext.distributed.vocab_parallel.batch import OwnedRows, gather_examples
+from nce_ext.distributed.vocab_parallel.scores import VocabParallelLosses
 from nce_ext.distributed.vocab_parallel.state import ShardedState
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss, bias_of_noise
 from nce_ext.noise import Noise, describe
 
-_BLOCK = 1024  # rows that one seed initialises
+_ROWS_OF_A_SEED = 1024  # rows that one seed initialises
 
 
 def shard(loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss, device_mesh: DeviceMesh) -> ShardedLoss:
@@ -85,7 +85,7 @@ class ShardedLoss(ShardedState):
                 f"device_mesh must have one dimension, got {device_mesh.ndim}; of a larger mesh give the part along one"
             )
         self.device_mesh = device_mesh
-        self._summed: tuple[tuple[int, int], int] | None = None
+        self._checksum_of_table: tuple[tuple[int, int], int] | None = None
         self.collectives = Collectives(device_mesh.get_group())
         with self.collectives.step():
             if not isinstance(loss_fn, _SampledLoss):
@@ -93,27 +93,27 @@ class ShardedLoss(ShardedState):
                     "loss_fn must be an NCELoss, NegativeSamplingLoss or SampledSoftmaxLoss, which have a vocabulary, "
                     f"got {describe(loss_fn)}"
                 )
-            self._take_options(loss_fn)
-            self._take_noise(loss_fn.noise)
+            self._copy_options(loss_fn)
+            self._copy_noise(loss_fn.noise)
             self.collectives.agree(
                 loss_fn=f"{type(loss_fn).__name__}({loss_fn.extra_repr()})", dtype=str(loss_fn.weight.dtype),
                 options=repr(self._options), weights="meta" if loss_fn.weight.is_meta else "real",
-                gradients=tuple(int(p.requires_grad) for p in loss_fn.parameters()), noise=self._law(),
-                log_z=_number(loss_fn.log_z),
+                gradients=tuple(int(p.requires_grad) for p in loss_fn.parameters()), noise=self._noise_in_brief(),
+                log_z=_log_z_in_brief(loss_fn.log_z),
             )  # fmt: skip
-            self._take_rows(loss_fn)
+            self._copy_rows(loss_fn)
 
     # Construction
 
-    def _take_options(self, loss_fn: _SampledLoss) -> None:
+    def _copy_options(self, loss_fn: _SampledLoss) -> None:
         self.in_features, self.n_classes, self.num_negatives = (
             loss_fn.in_features, loss_fn.n_classes, loss_fn.num_negatives,
         )  # fmt: skip
-        self._name, self._described = type(loss_fn).__name__, loss_fn.extra_repr()
+        self._name, self._options_repr = type(loss_fn).__name__, loss_fn.extra_repr()
         self._options = {**loss_fn._call_options(), "objective": loss_fn._objective()}
         self.reduction = self._options["reduction"]
 
-    def _take_noise(self, noise: Noise) -> None:
+    def _copy_noise(self, noise: Noise) -> None:
         kind = self.device_mesh.device_type
         self.device = (
             torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
@@ -125,23 +125,23 @@ class ShardedLoss(ShardedState):
             )
         self.noise = noise.to_empty(device=self.device) if noise.table.is_meta else noise.to(self.device)
 
-    def _law(self) -> str:
+    def _noise_in_brief(self) -> str:
         """The noise in a few letters. A table is added up once, and again when it has changed."""
         table = self.noise.table
         version = (table.data_ptr(), table._version)
-        if self._summed is None or self._summed[0] != version:
-            self._summed = (version, _checksum(table))
-        return f"{self.noise} with a table of checksum {self._summed[1]}"
+        if self._checksum_of_table is None or self._checksum_of_table[0] != version:
+            self._checksum_of_table = (version, _checksum(table))
+        return f"{self.noise} with a table of checksum {self._checksum_of_table[1]}"
 
     @torch.no_grad()
-    def _take_rows(self, loss_fn: _SampledLoss) -> None:
+    def _copy_rows(self, loss_fn: _SampledLoss) -> None:
         self.first, self.last = self._classes_of(self.collectives.rank)
         rows, meta = slice(self.first, self.last), loss_fn.weight.is_meta
         weight = empty_table(self.last - self.first, self.in_features, self.device, loss_fn.weight.dtype)
         old_bias = loss_fn.bias
         bias = None if old_bias is None else weight.new_empty(len(weight))
         if meta:
-            self._initialise(weight, bias, subtracts_log_q=self._options["correction"] != "none")
+            self._initialise_rows(weight, bias, subtracts_log_q=self._options["correction"] != "none")
         else:
             weight.copy_(loss_fn.weight[rows])
             if bias is not None and old_bias is not None:
@@ -163,15 +163,15 @@ class ShardedLoss(ShardedState):
         first = min(rank * per_rank, self.n_classes)
         return first, min(first + per_rank, self.n_classes)
 
-    def _initialise(self, weight: Tensor, bias: Tensor | None, *, subtracts_log_q: bool) -> None:
+    def _initialise_rows(self, weight: Tensor, bias: Tensor | None, *, subtracts_log_q: bool) -> None:
         """As ``reset_parameters`` of the losses, for the rows that are here."""
         bound = 1 / math.sqrt(self.in_features)
         base = int(self.collectives.broadcast_seed()[0])
         generator = torch.Generator(self.device)
-        for begin in range(self.first // _BLOCK * _BLOCK, self.last, _BLOCK):
+        for begin in range(self.first // _ROWS_OF_A_SEED * _ROWS_OF_A_SEED, self.last, _ROWS_OF_A_SEED):
             generator.manual_seed((base + begin) % 2**63)
-            block = weight.new_empty((_BLOCK, self.in_features)).uniform_(-bound, bound, generator=generator)
-            low, high = max(begin, self.first), min(begin + _BLOCK, self.last)
+            block = weight.new_empty((_ROWS_OF_A_SEED, self.in_features)).uniform_(-bound, bound, generator=generator)
+            low, high = max(begin, self.first), min(begin + _ROWS_OF_A_SEED, self.last)
             weight[low - self.first : high - self.first] = block[low - begin : high - begin]
         if bias is None:
             return
@@ -224,11 +224,11 @@ class ShardedLoss(ShardedState):
                 _ops.keep_coalesced(self.weight)
                 _ops.keep_coalesced(self.bias)
             scalar = log_z if isinstance(log_z, Tensor) and log_z.dim() == 0 else None
-            rows = _sharded_batch.Rows(self.weight, self.bias, self.first, self.last)
+            owned = OwnedRows(self.weight, self.bias, self.first, self.last)
             one_log_q = log_q is None or log_q[1].dim() == 1
-            tensors, rules = _sharded_batch.gather(call, rows, self.collectives, sizes, scalar, one_log_q=one_log_q)
-            losses = _sharded_scores.Losses.apply(
-                call.hidden, self.weight, self.bias, call.log_z if scalar is None else scalar, tensors, rules
+            gathered, context = gather_examples(call, owned, self.collectives, sizes, scalar, one_log_q=one_log_q)
+            losses = VocabParallelLosses.apply(
+                call.hidden, self.weight, self.bias, call.log_z if scalar is None else scalar, gathered, context
             )
             return self._reduce(losses, call, sample_weight)
 
@@ -253,16 +253,16 @@ class ShardedLoss(ShardedState):
         """What the ranks tell each other before any of them works."""
         kind_of_log_z = repr(log_z)
         if isinstance(log_z, Tensor):
-            kind_of_log_z = f"{_kind(log_z)}, {'one per example' if log_z.dim() else 'one for all'}"
+            kind_of_log_z = f"{_dtype_and_gradient(log_z)}, {'one per example' if log_z.dim() else 'one for all'}"
         return {
-            "hidden": _kind(call.hidden),
-            "weight": _kind(self.weight),
+            "hidden": _dtype_and_gradient(call.hidden),
+            "weight": _dtype_and_gradient(self.weight),
             "target": f"{call.target.shape[1]} an example",
             "num_negatives": call.k,
-            "noise": self._law(),
+            "noise": self._noise_in_brief(),
             "seed": "drawn" if seed is None else tuple(seed.tolist()),
-            "negatives": _content(negatives),
-            "log_q": _content(None if log_q is None else log_q[1]),
+            "negatives": _values_in_brief(negatives),
+            "log_q": _values_in_brief(None if log_q is None else log_q[1]),
             "log_z": kind_of_log_z,
         }
 
@@ -273,9 +273,9 @@ class ShardedLoss(ShardedState):
         weights = torch.ones_like(losses) if weights is None else weights
         total = (losses * weights).sum()
         if self.reduction == "sum":
-            return _Total.apply(total, self.collectives)
+            return _SumOverRanks.apply(total, self.collectives)
         counted = torch.where((call.target != call.ignore_index).any(1), weights, 0).sum()
-        total, counted = _Total.apply(torch.stack([total, counted]), self.collectives).unbind()
+        total, counted = _SumOverRanks.apply(torch.stack([total, counted]), self.collectives).unbind()
         return total / torch.where(counted == 0, 1, counted)
 
     # Evaluation
@@ -307,10 +307,12 @@ class ShardedLoss(ShardedState):
         return self.logits(hidden).argmax(-1)
 
     def extra_repr(self) -> str:
-        return f"{self._name}({self._described}), classes={self.first}..{self.last - 1}, ranks={self.collectives.size}"
+        return (
+            f"{self._name}({self._options_repr}), classes={self.first}..{self.last - 1}, ranks={self.collectives.size}"
+        )
 
 
-class _Total(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks. What comes from above is the same on all of them, and is the gradient of each summand."""
 
     @staticmethod
@@ -323,7 +325,7 @@ class _Total(torch.autograd.Function):
         return gradient, None
 
 
-def _number(log_z: float | Tensor) -> str:
+def _log_z_in_brief(log_z: float | Tensor) -> str:
     if not isinstance(log_z, Tensor):
         return repr(log_z)
     return "learned" if log_z.is_meta else f"learned, {log_z.item()!r} at first"
@@ -343,12 +345,12 @@ def _zero_seed(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def _kind(tensor: Tensor) -> str:
-    learns = torch.is_grad_enabled() and tensor.requires_grad
-    return f"{str(tensor.dtype).removeprefix('torch.')} {'with' if learns else 'without'} a gradient"
+def _dtype_and_gradient(tensor: Tensor) -> str:
+    has_gradient = torch.is_grad_enabled() and tensor.requires_grad
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'with' if has_gradient else 'without'} a gradient"
 
 
-def _content(values: Tensor | None) -> str:
+def _values_in_brief(values: Tensor | None) -> str:
     """Whether values are given, and of what all examples share, the values in brief."""
     if values is None or values.dim() != 1:
         return "none" if values is None else "some for each example"
