@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -87,6 +87,25 @@ def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta | None:
     except (AttributeError, IndexError, RuntimeError):
         return None
     return timeout
+
+
+class SaysWhatIsSparse:
+    """Mixin before ``DistributedDataParallel``, which asks only the modules of torch.nn whether they are sparse.
+
+    Its reducer has to know beforehand whose gradients are sparse, and there is no option that would tell it.
+    """
+
+    _was_asked = False
+
+    def _sparse_parameters(self) -> list[nn.Parameter]:
+        """List the parameters whose gradients are sparse, beside those that DDP knows itself."""
+        raise NotImplementedError
+
+    def _build_params_for_reducer(self) -> tuple[list[Tensor], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()  # type: ignore[misc]  # DDP's, which comes after
+        self._was_asked = True
+        told = {id(p) for p in self._sparse_parameters()}
+        return parameters, [known or id(p) in told for known, p in zip(sparse, parameters, strict=True)]
 
 
 # Matrix products.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext.noise import describe, draw_seed
 
 __all__ = ["Collectives"]
@@ -256,7 +257,7 @@ class _Link:
         self.store = dist.PrefixStore("nce_ext", group.get_group_store())
         self.failure: str | None = None
         self.gloo: Any = None
-        timeout = _timeout_of(group).total_seconds()
+        timeout = (_private_torch.timeout_of(group) or dist.default_pg_timeout).total_seconds()
         self.grace = min(_GRACE, _GRACE_PART * timeout)
         if self.size > 1:
             patience = timedelta(seconds=timeout - 2 * self.grace)
@@ -322,14 +323,6 @@ def _close_all() -> None:
     """Connections that outlive the interpreter abort the process."""
     for link in list(_links.values()):
         link.close()
-
-
-def _timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Of the group's first backend. No public name tells it."""
-    try:
-        return group._get_backend(group._device_types[0]).options._timeout
-    except (AttributeError, IndexError, RuntimeError):
-        return dist.default_pg_timeout
 
 
 def _value_in_words(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nce_ext import _ops
+from nce_ext import _ops, _private_torch
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.losses import _SampledLoss
 from nce_ext.noise import describe
@@ -19,7 +19,7 @@ from nce_ext.noise import describe
 __all__ = ["RowSparseDDP", "reduce_sparse_gradients", "sparse_gradient_hook"]
 
 
-class RowSparseDDP(DistributedDataParallel):
+class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
     """DistributedDataParallel that reduces row-sparse gradients as rows, at a cost that does not depend on V.
 
     Equivalent, after every backward, for each parameter with a sparse gradient, to::
@@ -61,21 +61,17 @@ class RowSparseDDP(DistributedDataParallel):
         if len(arguments) < 4 and "broadcast_buffers" not in options:
             options.setdefault("forward_sync_buffers" if new else "broadcast_buffers", False)
         super().__init__(module, *arguments, **options)
-        if not self._told:
+        if not self._was_asked:
             raise RuntimeError(
                 f"RowSparseDDP has to tell DDP what is sparse, and torch {torch.__version__} did not ask"
             )
         self.collectives = Collectives(self.process_group)
         self.register_comm_hook(self.collectives, sparse_gradient_hook)
 
-    _told = False
-
-    def _build_params_for_reducer(self) -> tuple[list[Tensor], list[bool]]:
-        """DDP's own, which asks only the modules of torch.nn whether they are sparse."""
-        parameters, sparse = super()._build_params_for_reducer()
-        rows = {id(p) for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse for p in _tables_of(m)}
-        self._told = True
-        return parameters, [known or id(p) in rows for known, p in zip(sparse, parameters, strict=True)]
+    def _sparse_parameters(self) -> list[nn.Parameter]:
+        """List the tables of the module's losses that give sparse gradients."""
+        losses = (m for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse)
+        return [table for loss_fn in losses for table in (loss_fn.weight, loss_fn.bias) if table is not None]
 
 
 def sparse_gradient_hook(
@@ -153,7 +149,7 @@ def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collect
         ids, rows = like.new_zeros((0,), dtype=narrow), like.new_zeros((0, *shape[1:]))
     else:
         own = _ops.coalesce(gradient)
-        ids, rows = own._indices()[0].to(narrow), own._values()
+        ids, rows = _private_torch.coo_classes(own).to(narrow), _private_torch.coo_rows(own)
     common: dict[str, Any] = {"the shape of the gradient": shape, "the dtype of the gradient": str(rows.dtype)}
     sizes = collectives.sizes(-1 if gradient is None else len(ids), **common)
     if max(sizes) < 0:
@@ -161,10 +157,6 @@ def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collect
     sizes = [max(n, 0) for n in sizes]
     ids, rows = collectives.all_gather(ids, sizes), collectives.all_gather(rows, sizes)
     whole = torch.sparse_coo_tensor(ids.long()[None], rows, shape, check_invariants=False)
-    whole = _ops.coalesce(whole) if collectives.size > 1 else whole._coalesced_(True)
-    whole._values().div_(collectives.size)
+    whole = _ops.coalesce(whole) if collectives.size > 1 else _private_torch.flag_coalesced(whole)
+    _private_torch.coo_rows(whole).div_(collectives.size)
     return whole
-
-
-def _tables_of(loss_fn: _SampledLoss) -> list[nn.Parameter]:
-    return [p for p in (loss_fn.weight, loss_fn.bias) if p is not None]

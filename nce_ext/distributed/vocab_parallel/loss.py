@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from nce_ext import _checks, _ops
+from nce_ext import _checks, _ops, _private_torch
 from nce_ext._sampled import arguments as _call
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
@@ -128,7 +128,7 @@ class ShardedLoss(ShardedState):
     def _noise_in_brief(self) -> str:
         """The noise in a few letters. A table is added up once, and again when it has changed."""
         table = self.noise.table
-        version = (table.data_ptr(), table._version)
+        version = (table.data_ptr(), _private_torch.version(table))
         if self._checksum_of_table is None or self._checksum_of_table[0] != version:
             self._checksum_of_table = (version, _checksum(table))
         return f"{self.noise} with a table of checksum {self._checksum_of_table[1]}"
