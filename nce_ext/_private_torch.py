@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,13 +41,18 @@ def flag_coalesced(gradient: Tensor) -> Tensor:
     return gradient._coalesced_(True)  # type: ignore[no-any-return]
 
 
-def has_accumulation_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> bool:
-    """Tell whether a parameter calls ``hook`` after its gradient is accumulated.
+def call_after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Have ``hook`` called after each gradient of a leaf is accumulated, once however often this is asked for.
 
-    A weak dictionary of parameters would tell too, and would keep ``torch.utils.swap_tensors`` from swapping them.
+    Whether it is known to the parameter is read from the parameter: a weak dictionary of parameters would keep
+    ``torch.utils.swap_tensors`` from swapping them. Swapped, a parameter keeps the list of its hooks, but torch no
+    longer calls them until the list is given to it again.
     """
     hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-    return hooks is not None and hook in hooks.values()
+    if hooks is None or hook not in hooks.values():
+        parameter.register_post_accumulate_grad_hook(hook)
+    else:
+        parameter._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
 
 
 def version(tensor: Tensor) -> int:
@@ -96,6 +101,25 @@ def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta | None:
     except (AttributeError, IndexError, RuntimeError):
         return None
     return timeout
+
+
+class SaysWhatIsSparse:
+    """Mixin before ``DistributedDataParallel``, which asks only the modules of torch.nn whether they are sparse.
+
+    Its reducer has to know beforehand whose gradients are sparse, and there is no option that would tell it.
+    """
+
+    _was_asked = False
+
+    def _sparse_parameters(self) -> list[nn.Parameter]:
+        """List the parameters whose gradients are sparse, beside those that DDP knows itself."""
+        raise NotImplementedError
+
+    def _build_params_for_reducer(self) -> tuple[list[Tensor], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()  # type: ignore[misc]  # DDP's, which comes after
+        self._was_asked = True
+        told = {id(p) for p in self._sparse_parameters()}
+        return parameters, [known or id(p) in told for known, p in zip(sparse, parameters, strict=True)]
 
 
 # Matrix products.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,50 @@ def test_the_scaler_counts_what_is_recorded():
         _private_torch.record_found_inf(scaler, object(), torch.tensor([found]))
         scaler.update()
         assert scaler.get_scale() == scale
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone, with a timeout of 7 s."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("torch has no Gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=7))
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_tells_its_timeout(group):
+    assert _private_torch.timeout_of(group) == timedelta(seconds=7)
+    assert _private_torch.timeout_of(object()) is None
+
+
+def test_ddp_asks_what_is_sparse(group):
+    class TellingDDP(_private_torch.SaysWhatIsSparse, nn.parallel.DistributedDataParallel):
+        def _sparse_parameters(self):
+            return [self.module.weight]
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(()))
+
+        def forward(self, ids):
+            return nn.functional.embedding(ids, self.weight, sparse=True).sum() * self.scale
+
+    def reduces_nothing(_, bucket):
+        seen.append(bucket.buffer().is_sparse)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    seen = []
+    model = TellingDDP(Table(), process_group=group)
+    assert model._was_asked
+    model.register_comm_hook(None, reduces_nothing)
+    model(torch.tensor([2])).backward()
+    assert sorted(seen) == [False, True]  # a bucket for the table alone, and one for the scale
+    assert model.module.weight.grad.is_sparse
 
 
 def test_one_dnn_multiplies_or_says_that_it_is_missing():

@@ -16,8 +16,8 @@ from load_example import EXAMPLES
 from ranks import sharded_cases, sharded_checks
 from torchrun import torchrun
 
-from nce_ext.distributed.vocab_parallel import objective as objectives
 from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
+from nce_ext.reference.objective import ReducedExamples
 
 # What test_errors_modules looks for.
 REFUSALS = {name: row[-1] for name, row in sharded_checks.OTHERS.items()}
@@ -98,11 +98,11 @@ def test_sums_of_parts_are_sums_of_the_whole(objective, parts):
     count[0] = 0  # nothing counts
     count[1, 1:] = 0  # one column, in one part
     cuts = [0, *sorted(torch.randint(0, 41, (parts - 1,)).tolist()), 40]  # parts may be empty
-    partial = [objectives.partial(objective, z[:, a:b], count[:, a:b]) for a, b in itertools.pairwise(cuts)]
-    largest, sums = objectives.partial(objective, z, count)
+    partial = [objective.partial(z[:, a:b], count[:, a:b]) for a, b in itertools.pairwise(cuts)]
+    largest, sums = objective.partial(z, count)
     common = torch.stack([part for part, _ in partial]).amax(0)
     assert torch.equal(common, largest)
-    added = sum(objectives.rebase(objective, *part, common) for part in partial)
+    added = sum(objective.rebase(*part, common) for part in partial)
     assert torch.allclose(added, sums, rtol=1e-13, atol=0)
 
 
@@ -121,11 +121,11 @@ def test_derivatives_are_those_of_the_losses(objective):
     count = torch.where(positive.any(1, keepdim=True), count, 0)
     log_q = -torch.rand(6, n_targets, dtype=torch.float64)
 
-    def examples(z: torch.Tensor) -> objectives.Examples:
+    def examples(z: torch.Tensor) -> ReducedExamples:
         of_negatives = z[:, n_targets:]
         scores = torch.where(positive, z[:, :n_targets], 0)
-        reduced = objectives.partial(objective, of_negatives, count)
-        return objectives.Examples(objective, positive, positive.double(), log_q, None, scores, *reduced)
+        reduced = objective.partial(of_negatives, count)
+        return objective.reduced_examples(positive, positive.double(), log_q, None, scores, *reduced)
 
     found = examples(z)
     step = 1e-5
@@ -141,8 +141,8 @@ def test_a_target_with_all_of_the_probability_keeps_its_last_digits():
     z = torch.tensor([[100.0]], dtype=torch.float64)
     one = torch.ones((1, 1), dtype=torch.float64)
     objective = Objective(SOFTMAX)
-    reduced = objectives.partial(objective, torch.tensor([[40.0]], dtype=torch.float64), one)
-    found = objectives.Examples(objective, one.bool(), one, None, None, z, *reduced)
+    reduced = objective.partial(torch.tensor([[40.0]], dtype=torch.float64), one)
+    found = objective.reduced_examples(one.bool(), one, None, None, z, *reduced)
     rest = torch.exp(torch.tensor(-60.0, dtype=torch.float64))
     assert torch.allclose(found.losses(), rest, rtol=1e-12, atol=0)
     assert torch.allclose(found.of_targets(), -rest, rtol=1e-12, atol=0)

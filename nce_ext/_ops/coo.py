@@ -69,10 +69,8 @@ class CoalescedGradients:
 
     def watch(self, parameter: Tensor | None) -> None:
         """Flag the gradients of a leaf from now on, as they are stored."""
-        if parameter is None or not parameter.is_leaf or not parameter.requires_grad:
-            return
-        if not _private_torch.has_accumulation_hook(parameter, flag_coalesced):
-            parameter.register_post_accumulate_grad_hook(flag_coalesced)
+        if parameter is not None and parameter.is_leaf and parameter.requires_grad:
+            _private_torch.call_after_accumulation(parameter, flag_coalesced)
 
 
 made_coalesced = CoalescedGradients()
