@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from contrastive_cases import vectors
 from contrastive_oracle import pairwise
-from test_contrastive import vectors
 from tolerances import as_float64, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from cases import Case
-from test_registration import ADVERSARIAL, SOFTMAX, B, V, epilogue_arguments, forward_arguments, row_arguments
+from operator_arguments import ADVERSARIAL, SOFTMAX, B, V, epilogue_arguments, forward_arguments, row_arguments
 from tolerances import assert_close
 
 import nce_ext

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from test_registration import B, T, V, forward_arguments
+from operator_arguments import B, T, V, forward_arguments
 
 from nce_ext import noise as noises
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("native")
 PRELUDE = """
 import sys, torch, nce_ext
 sys.path.insert(0, {tests!r})
-from test_registration import B, D, K, T, V, epilogue_arguments, forward_arguments, row_arguments, shared_arguments
+from operator_arguments import B, D, K, T, V, epilogue_arguments, forward_arguments, row_arguments, shared_arguments
 ops = torch.ops.nce_ext
 f32, f64, i64, i32 = torch.float32, torch.float64, torch.int64, torch.int32
 noise = nce_ext.noise.Unigram(range(1, V + 1))

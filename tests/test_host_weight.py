@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from test_registration import SOFTMAX, forward_arguments, shared_arguments
+from operator_arguments import SOFTMAX, forward_arguments, shared_arguments
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

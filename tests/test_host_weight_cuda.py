@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_registration import forward_arguments
+from operator_arguments import forward_arguments
 from torch import Tensor, nn
 
 import nce_ext

@@ -338,6 +338,14 @@ def test_no_module_imports_upward():
             assert floor[name] < floor[path.stem], f"{path.stem} imports {name}, which is not below it"
 
 
+def test_floors_of_sharding():
+    """Each imports only from below it, and none from the facade."""
+    below = ["_collectives", "_sharded_objective", "_sharded_batch", "_sharded_scores", "_sharded_state", "_sharded"]
+    for i, name in enumerate(below):
+        found = imports(PACKAGE / f"{name}.py")
+        assert not found & {*below[i:], "distributed"}, name
+
+
 def test_only_ops_and_library_touch_the_operators():
     for path in PACKAGE.glob("*.py"):
         if path.stem not in ("_ops", "_library"):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from formulas import softmax_cross_entropy
 
 import nce_ext
 from nce_ext import functional
@@ -96,12 +97,6 @@ def without_hits(problem, z):
     """z with -infinity for the negatives that are the example's target, and which those are."""
     hit = problem["negatives"] == problem["target"][:, None]
     return np.concatenate([z[:, :1], np.where(hit, -np.inf, z[:, 1:])], 1), hit
-
-
-def softmax_cross_entropy(z, labels=None):
-    """-sum_j label_j log softmax(z)_j; the label is 1 for column 0 alone unless given."""
-    log_p = z - np.log(np.exp(z).sum(1, keepdims=True))
-    return -log_p[:, 0] if labels is None else -np.multiply(labels, log_p, where=labels > 0, out=0 * labels).sum(1)
 
 
 def test_tensorflow_sampled_softmax(problem):

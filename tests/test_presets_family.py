@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_presets import softmax_cross_entropy
+from formulas import softmax_cross_entropy
 
 from nce_ext import contrastive
 

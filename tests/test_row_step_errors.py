@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from optim_cases import BF16, F32, F64, assert_same
-from test_row_step import SEED, B, D, K, V, copied, fused_step, ops, pair_arguments, step_arguments
+from row_step_arguments import SEED, B, D, K, V, copied, fused_step, ops, pair_arguments, step_arguments
 
 pytestmark = pytest.mark.usefixtures("native")
 

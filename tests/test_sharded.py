@@ -11,7 +11,6 @@ import torch.distributed as dist
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no Gloo", allow_module_level=True)
 
-import test_packaging
 from load_example import EXAMPLES
 from ranks import sharded_cases, sharded_checks
 from torchrun import torchrun
@@ -146,11 +145,3 @@ def test_a_target_with_all_of_the_probability_keeps_its_last_digits():
     rest = torch.exp(torch.tensor(-60.0, dtype=torch.float64))
     assert torch.allclose(found.losses(), rest, rtol=1e-12, atol=0)
     assert torch.allclose(found.of_targets(), -rest, rtol=1e-12, atol=0)
-
-
-def test_floors_of_the_modules():
-    """Each imports only from below it, and none from the facade."""
-    below = ["_collectives", "_sharded_objective", "_sharded_batch", "_sharded_scores", "_sharded_state", "_sharded"]
-    for i, name in enumerate(below):
-        found = test_packaging.imports(test_packaging.PACKAGE / f"{name}.py")
-        assert not found & {*below[i:], "distributed"}, name

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from contrastive_cases import arrays, data, vectors
 from contrastive_oracle import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_contrastive import arrays, data, vectors
 from tolerances import as_float64, assert_close
 
 from nce_ext.contrastive import SigmoidContrastiveLoss
