@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from refusals import assert_tested
 from torchrun import torchrun
 
+from nce_ext import _collectives
 from nce_ext._collectives import Collectives
 
 WORLD, PARTS = 3, [2, 0, 4]
@@ -142,3 +144,11 @@ def test_a_failing_rank_is_named_and_nothing_has_changed(name):
             assert told["unchanged"]
             for later in ("later", "anew"):
                 assert re.match(rf"{message}.*\. The group cannot be used again: start anew", told[later])
+
+
+def test_every_refusal_in_the_source_is_tested():
+    tested = [
+        "group must be one of which this process",
+        "group must be a ProcessGroup or None",
+    ]
+    assert_tested([_collectives], tested)

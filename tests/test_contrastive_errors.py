@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from refusals import assert_tested, messages, parametrized
 
+from nce_ext import _pairwise, _queue, contrastive
 from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
 
 B, D, K = 4, 3, 2
@@ -285,3 +287,12 @@ def test_enqueue_changes_nothing_when_it_refuses(changes, error, message):
 def test_sizes_of_the_memory(arguments, options, error, message):
     with pytest.raises(error, match=message):
         CrossBatchMemory(*arguments, **options)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    of_the_bound = [(r"target must be None for the bound",), (r"debias must be 0 for the bound",)]  # test_bounds
+    without_table = parametrized(
+        test_options_of_info_nce, test_options_of_siglip, test_enqueue_changes_nothing_when_it_refuses,
+        test_sizes_of_the_memory,
+    )  # fmt: skip
+    assert_tested([contrastive, _pairwise, _queue], messages(VECTORS, DATA, without_table, of_the_bound))

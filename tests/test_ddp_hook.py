@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from ranks.ddp_training import DIM, STEPS, Model, batches
+from refusals import assert_tested
 from tolerances import assert_close
 from torchrun import torchrun
 
 import nce_ext
+from nce_ext import _ddp
 from nce_ext.distributed import RowSparseDDP
 
 WORLDS = [1, 2, 3]
@@ -146,3 +148,8 @@ def test_a_fused_loss_is_refused():
     loss_fn.fuse_optimizer(nce_ext.optim.SGD(loss_fn.parameters()))
     with pytest.raises(ValueError, match="module must hold no loss with a fused optimizer"):
         RowSparseDDP(torch.nn.Sequential(loss_fn))
+
+
+def test_every_refusal_in_the_source_is_tested():
+    tested = ["module must hold no loss with", "parameters must be tensors", "parameters must have row-sparse"]
+    assert_tested([_ddp], tested)

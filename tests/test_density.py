@@ -8,9 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from refusals import assert_tested, messages
 from tolerances import as_float64, assert_close
 
-from nce_ext import set_debug
+from nce_ext import density, set_debug
 from nce_ext.density import DensityNCELoss
 
 INF = math.inf
@@ -361,3 +362,7 @@ def test_on_cuda(cuda):
             loss_fn(*moved)
     finally:
         set_debug(False)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([density], messages(REFUSALS, OF_THE_RATIO, CONSTRUCTOR))

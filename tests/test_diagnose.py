@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from allocations import Allocations
+from refusals import assert_tested, messages
 
 import nce_ext
-from nce_ext import evaluate
+from nce_ext import _diagnose, evaluate
 from nce_ext import noise as noises
 
 V, D, N, K = 11, 3, 6, 4
@@ -375,3 +376,7 @@ def test_refusals(name):
     function, error, message = REFUSALS[name]
     with pytest.raises(error, match=message):
         function()
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([_diagnose], messages(REFUSALS))

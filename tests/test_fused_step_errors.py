@@ -10,8 +10,9 @@ import torch.distributed as dist
 from cases import Case
 from fused_cases import Twins, batches, loss_of, rows_of
 from optim_cases import BF16, F64, assert_same, make, snapshot
+from refusals import assert_tested, messages
 
-from nce_ext import _library, optim
+from nce_ext import _fused_step, _library, optim
 
 WAYS = [{}, {"shared": True}, {"backend": "reference"}]
 WORLD = object()  # stands for a process group, which a refusal does not look into
@@ -326,3 +327,12 @@ def test_unfused(options):
     twins.assert_same()
     twins.handle = twins.fused.fuse_optimizer(twins.optimizers[0])
     go_on(twins)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    elsewhere = [
+        "weight must be float32 with hogwild=True",  # test_hogwild_takes_float32_alone
+        "weight must be on hidden's device",  # test_hidden_on_another_device, test_host_weight
+        "optimizer must have the loss's",  # test_the_optimizer_must_have_the_parameters
+    ]
+    assert_tested([_fused_step], [*messages(OF_FUSE, AT_THE_CALL), *elsewhere])

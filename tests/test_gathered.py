@@ -8,9 +8,11 @@ import torch
 from contrastive_oracle import Truth, pairwise
 from ranks import gathered_cases
 from ranks.gathered_cases import CASES
+from refusals import assert_tested, messages, parametrized
 from tolerances import as_float64, assert_close
 from torchrun import torchrun
 
+from nce_ext import _gathered
 from nce_ext._gathered import gather
 from nce_ext.contrastive import InfoNCELoss
 
@@ -169,3 +171,7 @@ def test_refusals_on_every_rank(name):
 def test_options(arguments, options, error, message):
     with pytest.raises(error, match=message):
         gather(*arguments, **options)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([_gathered], [*messages(parametrized(test_options)), "rows must be a tensor"])

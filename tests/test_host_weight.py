@@ -11,11 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from operator_arguments import SOFTMAX, forward_arguments, shared_arguments
+from refusals import assert_tested, messages
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nce_ext
-from nce_ext import _checks, _library, _ops, _sampled, functional
+from nce_ext import _checks, _library, _ops, _pinned, _sampled, functional
 from nce_ext import noise as noises
 
 V, D, B, K = 10, 4, 3, 5
@@ -334,3 +335,7 @@ class TestModule:
         loss_fn.load_state_dict(other.state_dict())
         assert loss_fn.weight.data_ptr() == address
         assert torch.equal(loss_fn.weight, other.weight)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([_pinned], messages(REFUSALS))

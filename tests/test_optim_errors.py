@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from optim_cases import BF16, assert_same, parameter, random_gradient, snapshot, sparse, use
+from refusals import assert_tested, messages
 from test_optim_state import parameters, train
 
-from nce_ext import optim
+from nce_ext import _row_optimizer, optim
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +119,7 @@ def test_refused_steps_change_nothing(name, rule):
         assert p.grad is kept
     optimizer.param_groups[1]["params"] = []
     optimizer.step()
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([optim, _row_optimizer], messages(OPTIONS, REFUSALS))

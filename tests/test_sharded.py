@@ -7,6 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from refusals import assert_tested
+
+from nce_ext import _sharded, _sharded_state
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no Gloo", allow_module_level=True)
@@ -18,8 +21,6 @@ from torchrun import torchrun
 from nce_ext import _sharded_objective as objectives
 from nce_ext.reference import ADVERSARIAL, BINARY, SOFTMAX, Objective
 
-# What test_errors_modules looks for.
-REFUSALS = {name: row[-1] for name, row in sharded_checks.OTHERS.items()}
 # Ranks: backend, what the results are compared with, and which cases: every n-th.
 RUNS = {
     1: ("auto", "formula", 4),
@@ -145,3 +146,7 @@ def test_a_target_with_all_of_the_probability_keeps_its_last_digits():
     rest = torch.exp(torch.tensor(-60.0, dtype=torch.float64))
     assert torch.allclose(found.losses(), rest, rtol=1e-12, atol=0)
     assert torch.allclose(found.of_targets(), -rest, rtol=1e-12, atol=0)
+
+
+def test_every_refusal_in_the_source_is_tested():
+    assert_tested([_sharded, _sharded_state], [row[-1] for row in sharded_checks.OTHERS.values()])
