@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMAND = "pip install -r requirements/examples.txt"
 
 

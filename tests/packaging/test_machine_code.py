@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / ".ci" / "machine_code"))
+sys.path.insert(0, str(Path(__file__).parents[2] / ".ci" / "machine_code"))
 
 import facts as facts_of_code
 import sass

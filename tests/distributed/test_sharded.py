@@ -14,7 +14,6 @@ from nce_ext import _sharded, _sharded_state
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no Gloo", allow_module_level=True)
 
-from load_example import EXAMPLES
 from ranks import sharded_cases, sharded_checks
 from torchrun import torchrun
 
@@ -71,14 +70,6 @@ def test_bytes_do_not_depend_on_the_vocabulary_nor_on_the_negatives(checks):
         found = report["results"]["bytes_do_not_depend_on_the_vocabulary"]
         assert len(found) == 8
         assert len(set(found.values())) == 1
-
-
-@pytest.mark.slow
-def test_example(tmp_path):
-    """Fails if two processes do not train as one does."""
-    examples = pytest.importorskip("test_examples_lm_rec")
-    examples.write_dictionary(tmp_path)
-    torchrun(EXAMPLES / "sharded.py", 2, "--steps", 8, "--data", tmp_path)
 
 
 # The objectives, of columns in any number of parts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEEDS_GPU = {"ceilings", "graphs", "host-memory", "more-ceilings"}
 SECTIONS = {
     "matmul", "forward", "steps", "compiled", "softmax", "objectives", "epilogue", "draws", "hogwild", "memory",

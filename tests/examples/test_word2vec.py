@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("tqdm", reason="pip install -r requirements/demo.txt")
 pytest.importorskip("matplotlib", reason="pip install -r requirements/demo.txt")
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "word2vec.py"
+PROGRAM = Path(__file__).parents[2] / "examples" / "word2vec.py"
 # Warnings would stand beside the one line of an error: without compiled kernels nce_ext warns on import.
 COMMAND = [sys.executable, "-W", "ignore", str(PROGRAM)]
 SMALL = ["--dim", "8", "--epochs", "2", "--batch-size", "256", "--min-count", "1", "--negatives", "3"]

@@ -16,7 +16,7 @@ def setup_py(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for variable in ("NCE_EXT_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(variable, raising=False)
-    spec = importlib.util.spec_from_file_location("nce_ext_setup", Path(__file__).parent.parent / "setup.py")
+    spec = importlib.util.spec_from_file_location("nce_ext_setup", Path(__file__).parents[2] / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("PATH", "/nowhere/bin")

@@ -1,4 +1,4 @@
-"""A short tour of every CUDA kernel, for compute-sanitizer: python tests/sanitized.py.
+"""A short tour of every CUDA kernel, for compute-sanitizer: python tests/cuda/sanitized.py.
 
 Small, because each access is followed; shapes, accesses and options are those that take different paths.
 """

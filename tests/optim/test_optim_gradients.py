@@ -248,10 +248,10 @@ for name in ALL:
         optimizer.step()
     print(name, p.sum().item(), narrow.sum().item(), sep="|")
 """
-    tests = Path(__file__).parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tests)], cwd=tests.parent, capture_output=True, text=True,
-        env={**os.environ, "NCE_EXT_DISABLE_NATIVE": "1"},
+        [sys.executable, "-W", "ignore", "-c", code, str(root / "tests" / "support")], cwd=root,
+        capture_output=True, text=True, env={**os.environ, "NCE_EXT_DISABLE_NATIVE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     printed = dict(line.split("|", 1) for line in done.stdout.splitlines())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import operator_arguments
 import pytest
 import torch
 from operator_arguments import B, T, V, forward_arguments
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("native")
 # Direct calls with bad tensors. One process for all: a crash shows as its exit status.
 PRELUDE = """
 import sys, torch, nce_ext
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 from operator_arguments import B, D, K, T, V, epilogue_arguments, forward_arguments, row_arguments, shared_arguments
 ops = torch.ops.nce_ext
 f32, f64, i64, i32 = torch.float32, torch.float64, torch.int64, torch.int32
@@ -166,7 +167,7 @@ ODD_CALLS = [
 
 def run_calls(calls: list[str], expect: str) -> dict[str, str]:
     """The outcome of each call in a fresh process: 'returned', or the name of the exception and its message."""
-    body = PRELUDE.format(tests=os.path.dirname(__file__)) + textwrap.dedent(
+    body = PRELUDE.format(support=os.path.dirname(operator_arguments.__file__)) + textwrap.dedent(
         """
         for call in sys.stdin.read().splitlines():
             try:

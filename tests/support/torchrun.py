@@ -1,4 +1,4 @@
-"""Real processes for tests: starts a script of tests/ranks by torchrun and collects what each rank reports."""
+"""Real processes for tests: starts a script of distributed/ranks by torchrun and collects what each rank reports."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
-RANKS = TESTS / "ranks"
+TESTS = Path(__file__).parents[1]
+RANKS = TESTS / "distributed" / "ranks"
+PATH = os.pathsep.join(map(str, (TESTS.parent, TESTS / "support", TESTS / "distributed")))
 
 
 @functools.cache
 def torchrun(script: str, n: int, *args: object, timeout: float = 120, fails: bool = False) -> list[Any]:
-    """Run tests/ranks/``script`` on ``n`` ranks; what each of them reported, in their order, or None.
+    """Run tests/distributed/ranks/``script`` on ``n`` ranks; what each of them reported, in their order, or None.
 
     What is asked again is not run again. Without ``fails`` the run must succeed. With it, it must not: some rank dies,
     and the others ignore torchrun's SIGTERM for as long as they need to report.
@@ -26,7 +27,7 @@ def torchrun(script: str, n: int, *args: object, timeout: float = 120, fails: bo
         run = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
              str(RANKS / script), *map(str, args)],
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "REPORTS": folder},
+            env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "REPORTS": folder},
             capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert (run.returncode != 0) == fails, f"{script} on {n} ranks ended with {run.returncode}:\n{run.stderr}"

@@ -17,7 +17,7 @@ import torch
 from nce_ext import functional
 from nce_ext import noise as noises
 
-DATA = np.load(Path(__file__).parent / "data" / "tf_candidate_sampling.npz")
+DATA = np.load(Path(__file__).parents[1] / "data" / "tf_candidate_sampling.npz")
 LOSSES = {"nce": "nce_loss", "sampled_softmax": "sampled_softmax_loss"}
 CASES = [
     f"{loss}_T{n_true}_{draws}_{hits}"

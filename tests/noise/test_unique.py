@@ -13,7 +13,7 @@ from nce_ext import _laws, reference
 from nce_ext import noise as noises
 
 SEED = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
-DATA = np.load(Path(__file__).parent / "data" / "tf_candidate_sampling.npz")
+DATA = np.load(Path(__file__).parents[1] / "data" / "tf_candidate_sampling.npz")
 UNIQUE = sorted({key.split("/")[0] for key in DATA if "_unique_" in key})
 REPLACED = sorted({key.split("/")[0] for key in DATA if "_replace_" in key})
 
