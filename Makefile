@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
 CXX ?= g++
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-KERNEL_TESTS := tests/noise/test_noise.py tests/losses/test_sampled_loss.py tests/losses/test_layouts.py \
-	tests/losses/test_gradients.py tests/ops/test_row_step.py tests/optim/test_fused_step.py
+KERNEL_TESTS := tests/noise/test_noise_distributions.py tests/losses/test_nce_loss.py tests/losses/test_strided_tensors.py \
+	tests/losses/test_loss_gradients.py tests/ops/test_row_step_operators.py tests/optim/test_fused_step.py
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

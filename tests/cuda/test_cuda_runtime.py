@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_cuda import make
+from test_cuda_operators import make
 
 import nce_ext
 from nce_ext import functional

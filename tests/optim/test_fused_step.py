@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from cases import Case
-from family_cases import is_softmax, truth
 from fused_cases import Twins, batches, loss_of, rows_of
+from objective_cases import is_softmax, truth
 from optim_cases import ALL, BF16, F16, F32, F64, assert_same, make, snapshot, torch_twin
 from optim_oracle import Oracle
 from tolerances import assert_close

@@ -332,7 +332,7 @@ def test_unfused(options):
 def test_every_refusal_in_the_source_is_tested():
     elsewhere = [
         "weight must be float32 with hogwild=True",  # test_hogwild_takes_float32_alone
-        "weight must be on hidden's device",  # test_hidden_on_another_device, test_host_weight
+        "weight must be on hidden's device",  # test_hidden_on_another_device, test_pinned_table
         "optimizer must have the loss's",  # test_the_optimizer_must_have_the_parameters
     ]
     assert_tested([_fused_step], [*messages(OF_FUSE, AT_THE_CALL), *elsewhere])

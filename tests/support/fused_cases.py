@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from family_cases import LOSSES
+from objective_cases import LOSSES
 from optim_cases import assert_same, make
 from torch import Tensor, nn
 

@@ -6,10 +6,10 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import family_cases
+import objective_cases
 import torch
 from cases import Case
-from family_cases import LOSSES, is_softmax
+from objective_cases import LOSSES, is_softmax
 from torch import Tensor
 
 import nce_ext
@@ -151,7 +151,7 @@ class Problem:
         more = {**self.options, **self.given}
         if self.learned:
             more["log_z"] = torch.tensor(0.3).to(self.case.dtype)
-        return family_cases.truth(self.name, self.case, self.upstream, **more)
+        return objective_cases.truth(self.name, self.case, self.upstream, **more)
 
 
 def problem(name: str, variant_name: str, dtype: torch.dtype | None = None) -> Problem:

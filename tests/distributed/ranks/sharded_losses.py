@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from cases import Result, leaf
-from family_cases import assert_result
+from objective_cases import assert_result
 from ranks.sharded_cases import CASES, SIZES, Problem, part, problem
 from ranks.sharded_run import run_all, start, together
 from tolerances import as_float64

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from refusals import assert_tested, messages
-from test_utils import NAN, D, V, assert_untouched, coo, grads_as_they_are, parameter
+from test_gradient_clipping import NAN, D, V, assert_untouched, coo, grads_as_they_are, parameter
 
 from nce_ext import utils
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from cases import Case, leaf
-from family_cases import loss, run
-from test_shared import PARTS, case_of
+from objective_cases import loss, run
+from test_shared_negatives import PARTS, case_of
 
 import nce_ext
 from nce_ext import _ops

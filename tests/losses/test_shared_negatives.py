@@ -10,7 +10,7 @@ import pytest
 import torch
 from allocations import Allocations
 from cases import Case, leaf
-from family_cases import F64, LOSSES, assert_matches, assert_result, is_softmax, loss, run, truth
+from objective_cases import F64, LOSSES, assert_matches, assert_result, is_softmax, loss, run, truth
 
 from nce_ext import _ops, _sampled, _shared, functional
 from nce_ext import noise as noises
@@ -36,7 +36,7 @@ def assert_equal_results(one, other, **tolerances) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_shared_is_the_same_ids_for_each(name, remove_hits, reduction, backend):
     if name == ONE_TARGET and not remove_hits:
-        pytest.skip("refused, see test_family_errors")
+        pytest.skip("refused, see test_objective_errors")
     case = case_of(name, options={"remove_hits": remove_hits, "reduction": reduction})
     ids = case.noise.sample((1, 21), seed=case.seed)[0]
     upstream = torch.randn(4, 5, dtype=F64) if reduction == "none" else None

@@ -1,4 +1,4 @@
-"""A table in pinned host memory gives what it gives on the GPU; what needs no GPU is in test_host_weight."""
+"""A table in pinned host memory gives what it gives on the GPU; what needs no GPU is in test_pinned_table."""
 
 from __future__ import annotations
 

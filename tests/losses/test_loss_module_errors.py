@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from refusals import assert_tested, messages, refusals_of
-from test_errors import REFUSALS, D, K, V
-from test_family_errors import AT_THE_CALL, SOFTMAX_MODULE
-from test_family_errors import REFUSALS as OF_OBJECTIVES
-from test_hogwild import REFUSALS as OF_HOGWILD
+from test_hogwild_loss import REFUSALS as OF_HOGWILD
+from test_loss_errors import REFUSALS, D, K, V
+from test_objective_errors import AT_THE_CALL, SOFTMAX_MODULE
+from test_objective_errors import REFUSALS as OF_OBJECTIVES
 
 import nce_ext
 from nce_ext import _call, _checks, _sampled, functional, losses
@@ -53,8 +53,8 @@ def test_refusals_of_the_constructor(name):
 
 def test_every_refusal_in_the_source_is_tested():
     elsewhere = [
-        "weight must have at most",  # on CUDA alone: test_packaging, test_cuda
-        "sparse must be True or 'padded' with a weight in host memory",  # test_host_weight
+        "weight must have at most",  # on CUDA alone: test_installation, test_cuda_operators
+        "sparse must be True or 'padded' with a weight in host memory",  # test_pinned_table
     ]
     tables = messages(REFUSALS, CONSTRUCTOR, OF_HOGWILD, OF_OBJECTIVES, SOFTMAX_MODULE, AT_THE_CALL)
     assert_tested([functional, _call, _sampled, losses, _checks], [*tables, *elsewhere])

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("native")
 def test_every_operator_is_checked_here():
     names = {"simd_level", "sample", "alias_table", "sampled_loss", "row_grad", "row_grad_dense"}
     names |= {"shared_loss_", "shared_loss", "shared_row_grad"}
-    names |= {"row_step_", "row_grad_step_", "row_grad_norm", "scatter_step_"}  # in test_row_step.py
-    names.add("scatter_sgd_")  # only CUDA has it: test_cuda.py
+    names |= {"row_step_", "row_grad_step_", "row_grad_norm", "scatter_step_"}  # in test_row_step_operators.py
+    names.add("scatter_sgd_")  # only CUDA has it: test_cuda_operators.py
     schemas = {
         s.name.removeprefix("nce_ext::") for s in torch._C._jit_get_all_schemas() if s.name.startswith("nce_ext::")
     }

@@ -250,7 +250,7 @@ def test_corrected_log_q_has_the_gradient_of_its_weighted_form(problem):
         np.testing.assert_allclose(gradient.numpy(), differences, rtol=0, atol=1e-6 * np.abs(differences).max())
 
 
-# The rows of which the class has an output layer; the others are in test_presets_family.py.
+# The rows of which the class has an output layer; the others are in test_published_contrastive_losses.py.
 ROWS = {
     "NCE": layer,
     "Pytorch-NCE": lambda problem: layer(problem, log_z=math.log(CLASSES)),

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import Case, leaf
-from family_cases import LOSSES
-from family_cases import loss as loss_of
-from test_errors import REFUSALS as OF_EVERY_LOSS
-from test_errors import B, D, K, V, arguments, ids
+from objective_cases import LOSSES
+from objective_cases import loss as loss_of
+from test_loss_errors import REFUSALS as OF_EVERY_LOSS
+from test_loss_errors import B, D, K, V, arguments, ids
 
 import nce_ext
 from nce_ext import functional

@@ -1,6 +1,6 @@
 """A table in pinned host memory with hidden vectors on a GPU: what is refused, and where everything lies.
 
-The devices are those of fake tensors, which have no values; test_host_weight_cuda.py compares numbers on a GPU.
+The devices are those of fake tensors, which have no values; test_pinned_table_on_cuda.py compares numbers on a GPU.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cases import Case
-from family_cases import DEFAULTS, LOSSES, assert_matches, is_softmax, loss
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from objective_cases import DEFAULTS, LOSSES, assert_matches, is_softmax, loss
 
 from nce_ext import noise as noises
 

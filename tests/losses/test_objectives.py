@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import Case, leaf
-from family_cases import F64, LOSSES, assert_matches, is_softmax, loss, run, truth
+from objective_cases import F64, LOSSES, assert_matches, is_softmax, loss, run, truth
 from tolerances import assert_close, relative_error
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ def case_of(name: str, options: dict, **sizes) -> Case:
 
 def skip_without_meaning(name: str, form: str) -> None:
     if name == ONE_TARGET and form in ("unique", "distinct", "uncorrected"):
-        pytest.skip("refused, see test_family_errors")
+        pytest.skip("refused, see test_objective_errors")
 
 
 # Gradients

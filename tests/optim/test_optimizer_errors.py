@@ -8,7 +8,7 @@ import pytest
 import torch
 from optim_cases import BF16, assert_same, parameter, random_gradient, snapshot, sparse, use
 from refusals import assert_tested, messages
-from test_optim_state import parameters, train
+from test_optimizer_state import parameters, train
 
 from nce_ext import _row_optimizer, optim
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import objectives_oracle
 import oracle
-import oracle_family
 import torch
 from cases import Case, Result, leaf
-from oracle_family import ADVERSARIAL, BINARY, SOFTMAX
+from objectives_oracle import ADVERSARIAL, BINARY, SOFTMAX
 from rounding import TOLERANCE, UNDERFLOW
 from tolerances import as_float64, assert_close
 from torch import Tensor
@@ -75,13 +75,13 @@ def drawn(case: Case, n: int, options: dict[str, Any]) -> tuple[Tensor, Any]:
     return noise.sample((n, k), seed=seed), noise.log_prob
 
 
-def objective(name: str, options: dict[str, Any], k: int, classes: int) -> oracle_family.Options:
+def objective(name: str, options: dict[str, Any], k: int, classes: int) -> objectives_oracle.Options:
     kind = SOFTMAX if is_softmax(name) else ADVERSARIAL if options.get("adversarial_temperature") else BINARY
     weight = 1.0
     if options.get("calibration") is not None:
         alpha, t = k / (classes - 1), options["calibration"]
         weight = alpha * (t * (1 - 1 / alpha) + 1 / alpha) if alpha else 1 - t
-    return oracle_family.Options(
+    return objectives_oracle.Options(
         kind, weight, options.get("label_smoothing", 0.0), options.get("adversarial_temperature") or 0.0,
         options.get("correct_positive", True), options["positive_label"] == "uniform",
     )  # fmt: skip
@@ -115,7 +115,7 @@ def truth(
         offsets.append(math.log(k))
     log_z = options.get("log_z", 0.0)
     weights = options.get("sample_weight")
-    return oracle_family.batch(
+    return objectives_oracle.batch(
         as_float64(case.hidden).reshape(n, case.hidden.shape[-1]), as_float64(case.weight), target.tolist(),
         ids.tolist(), objective(name, options, k, case.classes)._replace(small_digits=small_digits),
         bias=None if case.bias is None else as_float64(case.bias),
