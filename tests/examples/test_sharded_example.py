@@ -9,7 +9,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no Gloo", allow_module_level=True)
 
 from load_example import EXAMPLES
-from test_examples_lm_rec import write_dictionary
+from test_language_model_example import write_dictionary
 from torchrun import torchrun
 
 
