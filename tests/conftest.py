@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the processors. What needs several threads asks for them.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
