@@ -64,10 +64,11 @@ inline void fill_candidates(SampledLoss& p, const CandidateArguments& candidates
   p.remove_hits = remove_hits;
 }
 
-inline void fill_correction(SampledLoss& p, const CorrectionArguments& correction, ScalarType compute,
+// `given`: whether the caller gave the negatives.
+inline void fill_correction(SampledLoss& p, const CorrectionArguments& correction, bool given, ScalarType compute,
                             const Tensor& hidden) {
   const std::optional<Tensor>& negative_log_q = correction.negative_log_q;
-  STD_TORCH_CHECK(!negative_log_q || p.negatives, "negative_log_q must come with negatives");
+  STD_TORCH_CHECK(!negative_log_q || given, "negative_log_q must come with negatives");
   if (negative_log_q) {
     check_tensor("negative_log_q", *negative_log_q, compute, hidden);
     p.negative_log_q_stride = shared_stride("negative_log_q", *negative_log_q, p.batch, p.n_negatives);
@@ -87,7 +88,7 @@ inline SampledLossCall prepare_sampled_loss(const OperandArguments& operands, co
   const Storage storage = fill_operands(p, operands, correction.target_log_q, correction.offset, labels, objective);
   const ScalarType compute = compute_type(storage);
   fill_candidates(p, candidates, hidden);
-  fill_correction(p, correction, compute, hidden);
+  fill_correction(p, correction, candidates.negatives.has_value(), compute, hidden);
 
   // An objective over the whole example keeps its scores until it knows the derivatives.
   const bool saves = needs_row_grad || (p.objective.kind != ObjectiveKind::kBinary && needs_hidden_grad);

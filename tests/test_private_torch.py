@@ -182,7 +182,7 @@ def test_private_names_stand_in_one_file():
                     own.add(node.attr)
             elif isinstance(node, (ast.Name, ast.alias)):
                 own.add(getattr(node, "id", None) or node.name.split(".")[-1])
-    own |= {"_replace", "_make", "_asdict", "_fields", "_schema"}  # of NamedTuples and operators
+    own |= {"_replace", "_make", "_asdict", "_fields", "_getframe"}  # of NamedTuples and sys
     for path, tree in sources.items():
         if path.name == "_private_torch.py":
             continue

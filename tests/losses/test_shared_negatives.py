@@ -68,7 +68,7 @@ def test_columns_are_sorted_and_merged(native):
     assert _shared.SharedColumns(ids, None, 10, distinct=True).multiplicity is None
     columns = _shared.SharedColumns(ids, torch.tensor([0.0, 1, 0, 0, 2, 5]), 10, distinct=False)
     assert columns.ids.tolist() == [1, 1, 4, 4, 7]
-    assert columns.hits(torch.tensor([[4, 0], [1, 9]])).tolist() == [[[2, 4], [0, 0]], [[0, 2], [5, 5]]]
+    assert columns.accidental_hits(torch.tensor([[4, 0], [1, 9]])).tolist() == [[[2, 4], [0, 0]], [[0, 2], [5, 5]]]
     assert bool(_shared.SharedColumns(torch.tensor([1, 10]), None, 10, distinct=False).bad)
     assert not len(_shared.SharedColumns(torch.empty(0, dtype=torch.int64), None, 10, distinct=False).ids)
 

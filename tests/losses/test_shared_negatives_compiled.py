@@ -11,7 +11,7 @@ from objective_cases import loss, run
 from test_shared_negatives import PARTS, case_of
 
 import nce_ext
-from nce_ext import _ops
+from nce_ext._sampled import shared as _shared
 from nce_ext import noise as noises
 
 
@@ -20,7 +20,7 @@ from nce_ext import noise as noises
 @pytest.mark.parametrize("works", [False, True])
 def test_autocast_changes_nothing(name, reduction, works, monkeypatch, native):
     """Neither in the forward pass nor, where the backward pass is under it too, there."""
-    monkeypatch.setattr(_ops, "_one_dnn_works", lambda: works)
+    monkeypatch.setattr(_shared, "_one_dnn_works", lambda: works)
     case = case_of(name, dtype=torch.float32, options={"shared": True, "reduction": reduction})
     plain = run(name, case, "fused")
     with torch.autocast("cpu", dtype=torch.bfloat16):

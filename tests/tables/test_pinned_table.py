@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nce_ext
-from nce_ext import _checks, functional
+from nce_ext import _checks, functional, losses
 from nce_ext import noise as noises
 from nce_ext._ops import coo
 from nce_ext._ops import library as _library
@@ -140,7 +140,7 @@ def test_refusals(name, fake_gpu):
 
 def test_without_kernels_for_the_gpu(fake_gpu):
     fake_gpu.patch.setattr(_library, "_has_cuda", False)
-    fake_gpu.patch.setattr(_library, "_warned_of_reference", True)
+    fake_gpu.patch.setattr(_library, "warn_of_reference", lambda device: None)
     with pytest.raises(
         ValueError, match=r"weight must be on hidden's device cuda:0 for the reference backend, got cpu"
     ):
@@ -163,7 +163,7 @@ def test_hogwild_is_refused(fake_gpu):
 def test_a_fused_optimizer_is_refused(fake_gpu):
     loss_fn = nce_ext.NCELoss(D, V, noises.Uniform(V), K, sparse=True, correction="none")
     loss_fn.fuse_optimizer(nce_ext.optim.SGD([loss_fn.weight, loss_fn.bias], lr=0.1))
-    fake_gpu.patch.setattr(nce_ext.NCELoss, "_function", lambda *_, **__: pytest.fail("not refused"))
+    fake_gpu.patch.setattr(losses, "reduced_loss", lambda *_, **__: pytest.fail("not refused"))
     given = arguments()
     with (
         torch.enable_grad(),
