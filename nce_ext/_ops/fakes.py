@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nce_ext import reference
+from nce_ext.reference.dtypes import compute_dtype
 
 # What backward makes of the rows' gradient: the last argument of sampled_loss.
 DENSE, COALESCED, PADDED = 0, 1, 2
@@ -21,10 +22,6 @@ def sample(seed, table, kind, n_classes, rows, cols):
 
 def alias_table(weights, scale):
     return weights.new_empty((weights.shape[0], 4), dtype=torch.int32)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sampled_loss(

@@ -48,9 +48,10 @@ def row_grad_step_(
 ) -> tuple[Tensor, Tensor]:
     """Step on a weight by the gradient of pairs: the touched classes [U] and, if ``with_bias``, bias's gradient [U]."""
     torch.autograd.graph.increment_version(step.weight)  # which compiled operators do not
+    weight, state, hyperparameters, seed = step
     inputs = Inputs(
-        ids, dlogit, grad_loss, hidden, step.weight, *step.state, scale, step.seed, with_bias, *step.hyperparameters
-    )
+        ids, dlogit, grad_loss, hidden, weight, *state, scale, seed, with_bias, **hyperparameters._asdict()
+    )  # fmt: skip
     classes, bias = torch.ops.nce_ext.row_grad_step_(*inputs)
     return classes, bias
 
@@ -60,6 +61,8 @@ def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs = Inputs._make(arguments)
     unique: Any = torch.library.get_ctx().new_dynamic_size()
     if inputs.ids.device.type != "cpu":  # padded: nothing waits for the number of touched rows
-        unique = torch.sym_min(inputs.ids.numel(), inputs.weight.shape[0])
+        unique = torch.sym_min(  # type: ignore[no-untyped-call]  # by torch
+            inputs.ids.numel(), inputs.weight.shape[0]
+        )
     classes = inputs.ids.new_empty((unique,), dtype=torch.int64)
     return classes, inputs.weight.new_empty((unique if inputs.with_bias else 0,))

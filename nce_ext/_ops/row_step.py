@@ -46,7 +46,7 @@ def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Te
     weight, state, hyperparameters, seed = step
     torch.autograd.graph.increment_version(weight)  # which compiled operators do not
     if library.fused_available(weight.device):
-        inputs = Inputs(weight, classes, gradient, *state, scale, seed, *hyperparameters)
+        inputs = Inputs(weight, classes, gradient, *state, scale, seed, **hyperparameters._asdict())
         torch.ops.nce_ext.row_step_(*inputs)
     else:
         reference.row_step_(weight, classes, gradient, state, hyperparameters, scale, seed)

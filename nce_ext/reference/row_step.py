@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nce_ext.reference.dtypes import compute_dtype
 from nce_ext.reference.noise import philox4x32
 
 # The codes are those of StepRule in csrc/row_step.h.
@@ -59,7 +60,7 @@ def row_step_(
     seed: Tensor | None = None,
 ) -> None:
     """Step on the rows ``classes`` [U], or on all, of weight [V, D] in place; gradient [U, D]."""
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight.dtype)
     rows = torch.arange(weight.shape[0], device=weight.device) if classes is None else classes
     touches = None if state.row_steps is None else state.row_steps[rows].double() + 1
     w = (weight if state.master is None else state.master)[rows].to(compute)
