@@ -1,4 +1,4 @@
-"""scatter_step_: one racy step of SGD on the rows that pairs touch (Recht et al., "Hogwild!", NeurIPS 2011)."""
+"""Operator scatter_step_: one racy step of SGD on rows of a table (Recht et al., "Hogwild!", NeurIPS 2011)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPERATOR = "scatter_step_"
 
 
 class Inputs(NamedTuple):
-    """Arguments of the schema in csrc/ops.cpp, where their shapes are said, in its order."""
+    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     ids: Tensor
     dlogit: Tensor
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 def scatter_step_(*arguments: Any) -> None:
-    """Subtract ``rate`` times the gradient of every pair from its row, in no order; arguments are :class:`Inputs`."""
+    """Subtract ``rate`` times each pair's gradient from its row, in no order; arguments are :class:`Inputs`."""
     inputs = Inputs._make(arguments)
     changed = [inputs.weight] if inputs.bias is None else [inputs.weight, inputs.bias]
     torch.autograd.graph.increment_version(changed)  # which compiled operators do not
