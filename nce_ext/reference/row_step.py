@@ -84,8 +84,8 @@ def row_step_(
     weight[rows] = w.to(weight.dtype)
 
 
-# Each rule moves the state of rows with gradient g [U, D] and returns what is to be subtracted from them. touches [U], if
-# rows count them, include this step.
+# Each rule moves the state of rows with gradient g [U, D], and returns what is to be subtracted from them. touches [U],
+# where rows count them, include this step.
 
 
 def _sgd(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
