@@ -12,7 +12,7 @@
 
 namespace nce {
 
-// The state of a table, as the operators take it.
+// The states of a table that the operators take; row_step.h says what they are.
 struct StepState {
   const std::optional<Tensor>&first, &second, &row_steps, &decayed, &master;
 };
@@ -106,7 +106,7 @@ inline RowStepCall prepare_row_step_call(const RowStep& step, const Tensor& weig
           weight};
 }
 
-// The pairs are checked where they are sorted.
+// Pairs are not checked yet: the functions that sort them do.
 struct RowGradStepCall {
   RowStep step;
   const Tensor &ids, &dlogit, &grad_loss, &hidden, &weight;
