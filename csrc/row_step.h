@@ -1,13 +1,13 @@
-// One step of an optimizer on one row of a table: the arithmetic that every backend shares.
+// One step of an optimizer on one row of a table: the arithmetic that the CPU and CUDA share.
 //
 // A row's state moves only when the row is touched. Rules, with g the row's gradient plus weight_decay times the row:
 //   SGD              b = momentum b + (1 - dampening) g, at the first touch g;  w -= rate (g + momentum b, or b)
 //   Adagrad          s += g^2;                                                  w -= rate g / (sqrt(s) + eps)
 //   row-wise Adagrad s += mean(g^2), one number a row;                          w -= rate g / (sqrt(s) + eps)
 //   Adam             m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g^2;
-//                    w -= rate / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), t the touches of the row or all
-//                    steps
-// Decay that is decoupled from the gradient comes first: w *= product of the factors of all steps since the last touch.
+//                    w -= rate / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), t the number of the row's touches,
+//                    or that of all steps
+// Decoupled decay comes before the rule: w *= product of the factors of all steps since the row's last touch.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ struct RowStep : Hyperparameters {
   int64_t weight_stride;
   void* first;         // compute [n_rows, dim]: SGD's b, Adam's m; or null
   void* second;        // compute [n_rows, dim]: Adagrad's s, Adam's v; of row-wise Adagrad [n_rows]; or null
-  int32_t* row_steps;  // [n_rows]: how often each row was touched; null: Adam corrects by `step`
+  int32_t* row_steps;  // [n_rows]: how often each row was touched; null: rows do not count, and Adam corrects by `step`
   double* decayed;     // [n_rows]: log_decay at each row's last touch; null: no decoupled decay
   float* master;       // [n_rows, dim]: the weight in full, of which `weight` is a rounding; or null
 
@@ -49,19 +49,19 @@ struct RowStep : Hyperparameters {
   int64_t seed_stride;
 };
 
-// What all elements of a row share.
+// Numbers that all elements of a row share.
 template <class Real>
 struct RowNumbers {
   Real scale;         // of the gradient, its sign included
   Real decay;         // factor of the weight
   Real weight_decay;  // added to the gradient, times the weight
   Real rate, eps;
-  Real keep1, take1, keep2, take2;  // of the first and the second state: keep * state + take * what comes in
+  Real keep1, take1, keep2, take2;  // the first and the second state become keep * state + take * (g, or g^2)
   Real root_correction;             // Adam: sqrt(1 - beta2^t)
   bool nesterov, has_first;
 };
 
-// base^n, n >= 0, by squaring: the same roundings everywhere.
+// base^n, n >= 0, by squaring, whose roundings are the same on the host and on a GPU; those of pow() are not.
 NCE_HD double power(double base, int64_t n) {
   double result = 1;
   for (; n > 0; n >>= 1) {
@@ -86,7 +86,7 @@ NCE_HD double square_root(double x) {
 #endif
 }
 
-// Reads the row's counters as they were before this step.
+// The numbers of a row, from its counters as they were before this step.
 template <class Real>
 NCE_HD RowNumbers<Real> numbers_of(const RowStep& p, int64_t row) {
   RowNumbers<Real> n;
@@ -115,22 +115,22 @@ NCE_HD RowNumbers<Real> numbers_of(const RowStep& p, int64_t row) {
   return n;
 }
 
-// After the step of all of the row's elements.
+// Moves the row's counters on; called once, after numbers_of.
 NCE_HD void count_touch(const RowStep& p, int64_t row) {
   if (p.row_steps) ++p.row_steps[row];
   if (p.decayed) p.decayed[row] = p.log_decay;
 }
 
-// g: what the step sees of a gradient element. The weight is that before decoupled decay, which has no coupled one
-// beside it.
+// The gradient g of the rules: scaled, with the coupled decay. `weight` is the element before decoupled decay; no step
+// has both decays.
 template <class Real>
 NCE_HD Real step_gradient(const RowNumbers<Real>& n, Real gradient, Real weight) {
   const Real scaled = n.scale * gradient;
   return n.weight_decay != Real(0) ? scaled + n.weight_decay * weight : scaled;  // 0 times infinity is not 0
 }
 
-// One element: `weight`, and `first` and `second` where the rule has them, are replaced. Row-wise Adagrad's `second` is
-// the row's new sum of squares, and stays.
+// Steps on one element: replaces `weight`, and `first` and `second` where the rule has them. Row-wise Adagrad's
+// `second` is the row's new sum of squares, and stays.
 template <StepRule kRule, class Real>
 NCE_HD void step_element(const RowNumbers<Real>& n, Real gradient, Real& weight, Real& first, Real& second) {
   Real g = step_gradient(n, gradient, weight);
@@ -162,7 +162,7 @@ NCE_HD Words rounding_words(Seed seed, int64_t row, int64_t d) {
   return random_words(seed, static_cast<uint32_t>(row), static_cast<uint32_t>(d / 8));
 }
 
-// Up with the probability of the fraction that is cut off, so that the expected value is the number itself.
+// Rounds up with the probability of the fraction that is cut off, so that the expected value is the number itself.
 NCE_HD uint16_t round_to_bfloat16(float value, uint32_t random) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

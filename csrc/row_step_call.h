@@ -127,7 +127,7 @@ inline RowStepCall prepare_row_step_call(const RowStep& step, const Tensor& weig
           weight};
 }
 
-// The pairs are checked where they are sorted.
+// Pairs are not checked yet: the functions that sort them do.
 struct RowGradStepCall {
   RowStep step;
   const PairArguments& pairs;

@@ -1,4 +1,4 @@
-// Parameters of the racy scatter of gradient rows into a table: weight[id] -= rate * coefficient * hidden.
+// Parameters of the racy step of SGD: weight[ids[b, c]] -= rate * grad_loss[b] * dlogit[b, c] * hidden[b] for all b, c.
 #pragma once
 
 #include "sampled_loss.h"
@@ -7,7 +7,7 @@ namespace nce {
 
 struct ScatterStep {
   int64_t batch, columns, dim, n_classes;
-  const int32_t* ids;      // [batch, columns], -1 where there is none
+  const int32_t* ids;      // [batch, columns], -1: no class
   const float* dlogit;     // [batch, columns]
   const float* grad_loss;  // [batch]
   int64_t grad_loss_stride;

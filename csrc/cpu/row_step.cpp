@@ -1,4 +1,4 @@
-// Entry points of the optimizers' steps on rows: from a gradient in memory, or as it is summed.
+// The operators row_step_, row_grad_step_ and row_grad_norm on the CPU: threads for the kernels of row_step_kernel.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 16 * 1024;  // a thread gets at least a few microseconds of work
 
-// Distinct, so that no two threads step on one row.
+// Refuses classes that repeat: two threads would step on one row.
 void check_classes(const int64_t* classes, int64_t n, int64_t n_rows) {
   for (int64_t i = 0; i < n; ++i) {
     STD_TORCH_CHECK(classes[i] >= (i ? classes[i - 1] + 1 : 0) && classes[i] < n_rows,
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> run_row_grad_step(const RowGradStepCall& call) {
   return {classes, bias};
 }
 
-// The squares of the rows are kept and added up in their order, so that the sum does not depend on threads.
+// The squares of each row are kept and added up in the order of classes, so that the sum does not depend on threads.
 Tensor row_grad_norm(const PairArguments& pairs, int64_t n_classes, bool with_rows, bool with_bias) {
   const Storage storage = storage_of("hidden", pairs.hidden);
   Segments s = sort_segments(pairs, n_classes, compute_type(storage));

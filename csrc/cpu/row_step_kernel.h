@@ -8,7 +8,8 @@
 
 namespace nce::NCE_SIMD_NAMESPACE {
 
-// A row's weights in compute precision: themselves, their master copy, or `scratch`, from which they are rounded.
+// Where a row's weights are in compute precision: in the table, in its master copy, or, widened, in `scratch`, from
+// which end_weights rounds them.
 template <class Stored, class Real>
 NCE_INLINE Real* begin_weights(const RowStep& p, int64_t row, Real* scratch) {
   Stored* stored = static_cast<Stored*>(p.weight) + row * p.weight_stride;
@@ -84,7 +85,7 @@ NCE_INLINE void step_elements(const RowNumbers<Real>& numbers, int64_t dim, cons
   }
 }
 
-// Not inline: it is called for a whole row, and would be there once for every type of hidden.
+// Not inline: its code would be there once more for every type of hidden, to save one call a row.
 template <class Stored, class Real>
 static __attribute__((noinline)) void step_row(const RowStep& p, int64_t row, const Real* gradient, Real* scratch) {
   const RowNumbers<Real> n = numbers_of<Real>(p, row);
@@ -115,7 +116,7 @@ static __attribute__((noinline)) void step_row(const RowStep& p, int64_t row, co
   count_touch(p, row);
 }
 
-// What a step on `row` will read, a while before it does.
+// Prefetches what a step on `row` will read.
 template <class Stored, class Real>
 NCE_INLINE void prefetch_step(const RowStep& p, int64_t row) {
   constexpr int kLine = 64;
@@ -139,7 +140,8 @@ NCE_INLINE void prefetch_step(const RowStep& p, int64_t row) {
 
 constexpr int64_t kRowsAhead = 4;
 
-// Rows classes[begin] .. classes[end - 1], or begin .. end - 1 themselves, with gradient rows of the weight's storage.
+// Steps on rows classes[begin] .. classes[end - 1], or begin .. end - 1 if classes is null, by gradient rows of the
+// weight's storage.
 template <class Stored, class Real>
 static void row_step(const RowStep& p, const int64_t* classes, const void* gradient, int64_t gradient_stride,
                      int64_t begin, int64_t end, void* scratch) {
@@ -158,8 +160,8 @@ static void row_step(const RowStep& p, const int64_t* classes, const void* gradi
   }
 }
 
-// Segments are summed into `gradient`, unless it is null, and handed to functions: so the code of the sums is there
-// once for all that is done with them.
+// A sink that has each segment summed into `gradient`, unless that is null, and calls a function then. By pointer, so
+// that the code of the sums is compiled once for all that is done with them.
 template <class Real>
 struct CalledSink {
   Real* gradient;
@@ -181,7 +183,7 @@ static __attribute__((noinline)) void call_for_segments(const RowGrad& p, int64_
   });
 }
 
-// Segments become steps on their rows; only the bias's gradient is written.
+// Arguments of the functions that turn segments into steps on their rows; only the bias's gradient is written.
 template <class Real>
 struct SegmentSteps {
   const RowGrad& p;
@@ -214,7 +216,7 @@ static void row_grad_step(const RowGrad& p, const RowStep& step, int64_t begin, 
                     CalledSink<Real>{gradient, &steps, prefetch_segment<Stored, Real>, step_segment<Stored, Real>});
 }
 
-// squares[s]: squared norm of segment s's gradient row, and of its bias's element.
+// Arguments of the function that writes squares[s], the squared norm of segment s's gradient row and bias element.
 template <class Real>
 struct SegmentNorms {
   int64_t dim;

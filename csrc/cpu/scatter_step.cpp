@@ -1,4 +1,4 @@
-// Entry point of the racy scatter: checks, threads.
+// The operator scatter_step_ on the CPU: threads for the kernel of scatter_step_kernel.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
-// Adds gradient rows to a table as they come, without locks (Recht et al., "Hogwild!", NeurIPS 2011): what two threads
-// add to one element at the same time may be lost in part.
+// Adds the gradient of each pair to its row of the table as it comes, without locks (Recht et al., "Hogwild!",
+// NeurIPS 2011): what two threads add to one element at the same time may be lost in part.
 #pragma once
 
 #include "../scatter_step.h"

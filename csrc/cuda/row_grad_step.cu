@@ -1,5 +1,5 @@
-// Entry points of the row gradient that is never in memory: steps of an optimizer, and the gradient's norm. They wait
-// for nothing.
+// The operators row_grad_step_ and row_grad_norm on CUDA: steps and norms of a row gradient that is never in memory.
+// They wait for nothing.
 #include "row_grad_step.cuh"
 
 #include <torch/csrc/stable/library.h>

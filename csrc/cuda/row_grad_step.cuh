@@ -1,5 +1,5 @@
-// The row gradient whose rows go into an optimizer's step, or into a norm, where their sums are finished, and are never
-// in memory; see row_grad.cuh for the sums and row_step.cuh for the steps.
+// Row gradients that are never in memory: where the sum of a row is finished, it goes into an optimizer's step or into
+// a norm. See row_grad.cuh for the sums and row_step.cuh for the steps.
 #pragma once
 
 #include "row_grad_join.cuh"
@@ -7,19 +7,19 @@
 
 namespace nce::cuda {
 
-// kSquares: of what the step will see of the gradient, for row-wise Adagrad, whose step needs them of the whole row.
-// kNorm: of the gradient itself and of the bias's.
+// What finished sums are for. kSquares: the squares of what the step will see of the gradient, which row-wise Adagrad
+// needs of the whole row before it steps. kNorm: the squares of the gradient itself and of the bias's.
 enum class Pass : int { kStep, kSquares, kNorm };
 
 struct SegmentSteps {
-  RowGradTiles tiles;  // its rows are never written, and its classes have been listed before
+  RowGradTiles tiles;  // its rows are never written, and its classes were listed by list_segments
   RowStep step;
   Pass pass;
-  int64_t n_rows;       // room for segments
+  int64_t n_rows;       // segments at most
   const void* settled;  // SettledRow
-  bool settled_each;    // [n_rows]; else one
-  bool norm_of_bias;    // kNorm
-  double* squares;      // [n_rows, n_squares], cleared before: of each slice of each row
+  bool settled_each;    // [n_rows] of them; else one
+  bool norm_of_bias;    // for kNorm: whether the bias's gradient counts
+  double* squares;      // [n_rows, n_squares], zero before: sums of squares of each slice of each row
   int64_t n_squares;
 };
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
       });
 }
 
-// Row-wise Adagrad's sums of squares, from the slices of the rows.
+// Adds up the squares of each row's slices, and their mean to row-wise Adagrad's state.
 template <class Real>
 __global__ void __launch_bounds__(256) add_squares_kernel(const __grid_constant__ SegmentSteps p) {
   const int64_t n_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -110,7 +110,7 @@ static __global__ void __launch_bounds__(256)
 
 constexpr int64_t kNormParts = 1024;
 
-// Slices of a row: of the sums' kernel, of the joins'.
+// Slices that a row is cut into, by segment_steps_kernel and by join_steps_kernel.
 struct StepSlices {
   int64_t sums, joins;
   int64_t most() const { return sums > joins ? sums : joins; }
@@ -121,7 +121,7 @@ inline StepSlices step_slices(int64_t dim, bool with_rows, Storage hidden) {
   return with_rows ? StepSlices{(dim + slice - 1) / slice, (dim + kJoinSlice - 1) / kJoinSlice} : StepSlices{1, 1};
 }
 
-// How hidden, weights and states may be read: all by 16 bytes, or all by elements.
+// How hidden, weights and states are read: all by 16 bytes, or all by elements.
 template <class Hidden>
 Access step_access(const SegmentSteps& p, Storage storage) {
   const int64_t size = sizeof(Hidden);

@@ -1,4 +1,4 @@
-// Entry point of the optimizers' steps on rows whose gradient lies in memory. It waits for nothing.
+// The operator row_step_ on CUDA: steps on rows whose gradient lies in memory. It waits for nothing.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,7 +1,7 @@
 // Steps of an optimizer on rows of a table: see row_step.h for the rules.
 //
-// What the elements of a row share is settled first, by one thread for each row, which moves the row's counters on as
-// well. Kernels that walk elements then need not know who else works on the same row.
+// The numbers that all elements of a row share are settled first, by one thread for each row, which moves the row's
+// counters on as well. Kernels that walk elements then read no counter, whatever other threads work on the same row.
 #pragma once
 
 #include "../row_step.h"
@@ -9,8 +9,8 @@
 
 namespace nce::cuda {
 
-// Of a block at most. Bounded to 4 blocks of a multiprocessor, kernels that step spill nothing; left to itself, the
-// compiler gives up some registers too many.
+// Threads of a block at most, in kernels that step. These are compiled for 4 blocks on a multiprocessor: they then
+// spill nothing, while without that bound the compiler chose fewer registers, and spilled.
 constexpr int kStepThreads = 128;
 
 template <class Real>
@@ -18,12 +18,12 @@ struct alignas(16) SettledRow {
   RowNumbers<Real> numbers;
 };
 
-// Whether rows have numbers of their own; else there is one SettledRow for all.
+// Whether rows differ in their numbers; else there is one SettledRow for all.
 inline bool rows_differ(const RowStep& p) { return p.row_steps != nullptr || p.decayed != nullptr; }
 
 __device__ __forceinline__ bool has_row(const RowStep& p, int64_t row) { return row >= 0 && row < p.n_rows; }
 
-// classes null: rows 0 .. n - 1. A class that is no row is left out.
+// Settles rows classes[0] .. classes[n - 1], or 0 .. n - 1 if classes is null. A class that is no row is left out.
 template <class Real>
 __global__ void __launch_bounds__(256, 4) settle_rows_kernel(const __grid_constant__ RowStep p, const int64_t* classes,
                                                              int64_t n, SettledRow<Real>* settled) {
@@ -55,8 +55,8 @@ inline bool wide_steps(const RowStep& p, Storage storage, int count) {
          (p.rule == StepRule::kRowwiseAdagrad || aligned(p.second)) && aligned(p.master);
 }
 
-// Elements first, first + kApart, ... of a row of memory that this thread alone may be writing; zero beyond dim, of
-// which `first` is short.
+// Loads elements first, first + kApart, ... of a row, zero beyond dim; first < dim. No other thread may be writing
+// them.
 template <int kCount, bool kWide, int kApart, class T, class Real>
 __device__ __forceinline__ void load_run(const T* row, int first, int dim, Real* out) {
   static_assert(!kWide || kApart == 1);
@@ -90,7 +90,7 @@ __device__ __forceinline__ void store_run(T* row, int first, int dim, const T* v
   }
 }
 
-// kCount elements of a row, kApart from each other.
+// The step of kCount elements of a row, kApart from each other, of which a thread has the gradient.
 template <class Stored, int kCount, bool kWide, int kApart = 1>
 struct ElementSteps {
   using Real = Compute<Stored>;
@@ -153,7 +153,7 @@ struct ElementSteps {
     return sum;
   }
 
-  // The same of what the step sees of the gradient.
+  // Sum of the squares of what the step sees of the gradient: scaled, with the coupled decay.
   __device__ __forceinline__ double squares(const RowNumbers<Real>& n, const Real* gradient) const {
     if (first >= dim) return 0;
     Real g[kCount];
@@ -170,7 +170,7 @@ struct ElementSteps {
     for (int e = 0; e < kCount; ++e) step_element<kRule>(n, gradient[e], weight[e], a[e], b[e]);
   }
 
-  // row_second: row-wise Adagrad's sum of squares.
+  // Takes the step. row_second: row-wise Adagrad's new sum of squares of the row.
   __device__ __forceinline__ void step(const RowNumbers<Real>& n, const Real* gradient, Real row_second) const {
     if (first >= dim) return;
     const bool has_second = p.second && p.rule != StepRule::kRowwiseAdagrad;
@@ -205,7 +205,7 @@ struct ElementSteps {
   }
 };
 
-// Rows whose gradient lies in memory, in the weight's storage.
+// Parameters of steps on rows whose gradient lies in memory, in the weight's storage.
 struct RowSteps {
   RowStep step;
   int64_t n;
@@ -213,10 +213,10 @@ struct RowSteps {
   const void* gradient;
   int64_t gradient_stride;
   const void* settled;  // SettledRow
-  bool settled_each;    // [n]; else one
+  bool settled_each;    // [n] of them; else one
 };
 
-// Lanes that share a row.
+// Number of lanes that share a row.
 inline int step_group(int64_t dim, int per_lane) {
   const int64_t lanes = (dim + per_lane - 1) / per_lane;
   return lanes <= 8 ? 8 : lanes <= 16 ? 16 : kWarp;

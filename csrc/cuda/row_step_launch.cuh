@@ -9,7 +9,7 @@ namespace nce::cuda {
 
 struct Settled {
   Tensor memory;  // SettledRow
-  bool each;      // one for each row; else one for all
+  bool each;      // whether there is one for each row, not one for all
 };
 
 Settled settle_rows(const RowStep& p, Storage storage, const int64_t* classes, int64_t n, const Tensor& like,

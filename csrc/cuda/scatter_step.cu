@@ -1,4 +1,4 @@
-// Entry point of the racy scatter of gradient rows: the result differs from run to run, by design.
+// The operator scatter_step_ on CUDA. Its result differs from run to run, by design.
 #include "scatter_step.cuh"
 
 #include <torch/csrc/stable/library.h>

@@ -27,8 +27,8 @@ inline bool wide_scatter(const ScatterStep& p) {
   return access_of(p.weight, p.weight_stride * 4, p.dim * 4) == Access::kBytes16;
 }
 
-// A warp holds a slice of an example's hidden vector and walks the example's columns, several at once if rows are
-// short.
+// A warp holds a slice of an example's hidden vector and walks the example's columns; if rows are short, groups of its
+// lanes take a column each.
 template <int kVectors, bool kWide>
 __global__ void __launch_bounds__(256)
     scatter_step_kernel(const __grid_constant__ ScatterStep p, int group, int n_slices) {

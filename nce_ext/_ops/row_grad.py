@@ -18,11 +18,14 @@ NO_DOUBLE_BACKWARD = (
 
 
 class GradientPairs(NamedTuple):
-    """What the gradient of weight and bias is the sum of: grad_loss * dlogit * hidden over the pairs of each class."""
+    """Terms whose sum is the gradient of weight and bias.
 
-    ids: Tensor  # int32 [B, C], -1: none
-    dlogit: Tensor  # [B, C]
-    grad_loss: Tensor  # [B]
+    Column c of example b adds ``grad_loss[b] * dlogit[b, c] * hidden[b]`` to the row of class ``ids[b, c]``.
+    """
+
+    ids: Tensor  # int32 [B, C]; -1: no class
+    dlogit: Tensor  # [B, C]: derivative of the example's loss in the score of the column's class
+    grad_loss: Tensor  # [B]: derivative of what backward() was called on in the example's loss
     hidden: Tensor  # [B, D]
 
 

@@ -1,4 +1,4 @@
-"""row_grad_step_: one step of an optimizer on the rows that pairs touch, by a gradient that never is in memory."""
+"""Operator row_grad_step_: one step of an optimizer on rows of a table, by a gradient that never is in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPERATOR = "row_grad_step_"
 
 
 class Inputs(NamedTuple):
-    """Arguments of the schema in csrc/ops.cpp, where their shapes are said, in its order."""
+    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     ids: Tensor
     dlogit: Tensor
@@ -47,7 +47,8 @@ class Inputs(NamedTuple):
 def row_grad_step_(pairs: GradientPairs, step: RowStep, scale: Tensor | None, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Step on a weight by the gradient of pairs: the touched classes [U] and, if ``with_bias``, bias's gradient [U]."""
     torch.autograd.graph.increment_version(step.weight)  # which compiled operators do not
-    inputs = Inputs(*pairs, step.weight, *step.state, scale, step.seed, with_bias, *step.hyperparameters)
+    weight, state, hyperparameters, seed = step
+    inputs = Inputs(*pairs, weight, *state, scale, seed, with_bias, **hyperparameters._asdict())
     classes, bias = torch.ops.nce_ext.row_grad_step_(*inputs)
     return classes, bias
 

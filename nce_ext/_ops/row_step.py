@@ -1,4 +1,4 @@
-"""row_step_: one step of an optimizer on rows of a table, whose gradient lies in memory."""
+"""Operator row_step_: one step of an optimizer on rows of a table, by a gradient that lies in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPERATOR = "row_step_"
 
 
 class Inputs(NamedTuple):
-    """Arguments of the schema in csrc/ops.cpp, where their shapes are said, in its order."""
+    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     weight: Tensor
     classes: Tensor | None
@@ -42,11 +42,11 @@ class Inputs(NamedTuple):
 
 
 def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Tensor | None = None) -> None:
-    """Step on the rows ``classes`` [U] of a weight, ascending, each once, or on all; their gradient is [U, D]."""
+    """Step on rows of a weight: those of ``classes`` [U], ascending, each once, or all; their gradient is [U, D]."""
     weight, state, hyperparameters, seed = step
     torch.autograd.graph.increment_version(weight)  # which compiled operators do not
     if library.fused_available(weight.device):
-        inputs = Inputs(weight, classes, gradient, *state, scale, seed, *hyperparameters)
+        inputs = Inputs(weight, classes, gradient, *state, scale, seed, **hyperparameters._asdict())
         torch.ops.nce_ext.row_step_(*inputs)
     else:
         reference.row_step_(weight, classes, gradient, state, hyperparameters, scale, seed)

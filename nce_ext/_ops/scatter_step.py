@@ -1,4 +1,4 @@
-"""scatter_step_: one racy step of SGD on the rows that pairs touch (Recht et al., "Hogwild!", NeurIPS 2011)."""
+"""Operator scatter_step_: one racy step of SGD on rows of a table (Recht et al., "Hogwild!", NeurIPS 2011)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPERATOR = "scatter_step_"
 
 
 class Inputs(NamedTuple):
-    """Arguments of the schema in csrc/ops.cpp, where their shapes are said, in its order."""
+    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     ids: Tensor
     dlogit: Tensor

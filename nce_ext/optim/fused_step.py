@@ -1,8 +1,8 @@
 """Optimizer steps inside backward: the gradient of the touched rows is applied as it is summed, and never exists.
 
-A loss is given a stand-in for its weight. Where the kernels compute the loss per example, the pairs (id, derivative)
-that backward would sum are kept until backward ends, then sorted, summed and applied in one operator. Shared negatives
-and the reference backend, which make gradient rows in any case, leave them with the stand-in.
+A loss is computed on stand-ins for weight and bias. Where the compiled kernels compute it example by example, backward
+keeps the pairs (id, derivative) whose sum is the gradient; when it ends, one operator sorts, sums and applies them.
+Shared negatives and the reference backend make gradient rows in any case, and the stand-ins' hooks collect those.
 """
 
 from __future__ import annotations
@@ -33,14 +33,33 @@ TWICE = (
     "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "
     "(retain_graph=True); loss_fn.unfuse_optimizer() brings gradients back"
 )
-_DIFFERENT = -1  # columns of calls that cannot be merged
+_DIFFERENT = -1  # what a rank reports as its number of columns if its calls have several, and cannot be merged
+
+
+class ``ids[b, c]``.
+    """
+
+    ids: Tensor  # int32 [B, C]; -1: no class
+    dlogit: Tensor  # [B, C]: derivative of the example's loss in the score of the column's class
+    grad_loss: Tensor  # [B]: derivative of what backward() was called on in the example's loss
+    hidden: Tensor  # [B, D]
 
 
 class FusedLoss(torch.autograd.Function):
-    """The operator sampled_loss, whose backward hands its pairs to a fused step."""
+    """Run the operator sampled_loss; backward hands the pairs of its gradient to a fused step.
+
+    ``weight`` is among the arguments so that the loss has a graph even if hidden has none.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, log_z, weight, inputs, fused_step):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        log_z: Tensor | None,
+        weight: Tensor,
+        inputs: SampledLossInputs,
+        fused_step: FusedStep,
+    ) -> Tensor:
         loss, ids, dlogit, grad_hidden = sampled_loss(inputs)
         ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
         ctx.fused_step, ctx.done = fused_step, False
@@ -48,13 +67,12 @@ class FusedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(NO_DOUBLE_BACKWARD)
-        if _private_torch.will_run_in_this_pass(
-            ctx.of_rows
-        ):  # not where autograd.grad is after hidden's gradient alone
+        # autograd.grad after the gradient of hidden alone is no step.
+        if _private_torch.will_run_in_this_pass(ctx.of_rows):
             if ctx.done:
                 raise RuntimeError(TWICE)
             ctx.done = True
@@ -68,15 +86,15 @@ class FusedLoss(torch.autograd.Function):
 
 
 class BackwardPass:
-    """What one backward pass has brought so far."""
+    """Parts of the gradient of weight and bias that one backward pass has brought so far."""
 
     def __init__(self) -> None:
         self.pairs: list[GradientPairs] = []
-        self.rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
+        self.rows: list[tuple[nn.Parameter, Tensor]] = []  # parameters, and gradients of their stand-ins
 
 
 class FusedStep:
-    """What ``loss_fn.fuse_optimizer`` returns; see there.
+    """Handle of a fused optimizer, which ``loss_fn.fuse_optimizer`` makes and documents.
 
     A backward pass ends with one step on all it brought: several calls of the loss are merged, and so is what other
     uses of the same parameters have left in their ``.grad``, which is then None again.
@@ -98,14 +116,16 @@ class FusedStep:
         self.process_group, self.hogwild = process_group, hogwild
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = [p for p in (weight, bias) if p is not None]
-        # Passes under way, by the engine's number. The engine alone holds them: one that fails is gone with its pairs.
+        # Passes under way, by the engine's number. Only their callbacks hold them, so that a pass that fails takes its
+        # pairs with it. The lock is one of its own, since a step under _lock may last.
         self._under_way: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
+        self._under_way_lock = threading.Lock()
         self._waiting: list[GradientPairs] = []  # of passes that are over
         self._passes = 0
-        self._lock = threading.RLock()  # passes of several threads step one after the other
+        self._lock = threading.RLock()  # held while _waiting or the parameters change: one step after the other
 
     def __reduce__(self) -> Any:
-        """None: a copy of the loss is not fused, as no optimizer that its owner knows has the copied parameters."""
+        """Copy as None: a copy of the loss is not fused, since no optimizer has the parameters that were copied."""
         return type(None), ()
 
     @_private_torch.run_eagerly  # what happens at the end of backward cannot be traced
@@ -120,7 +140,11 @@ class FusedStep:
         num_negatives: int,
         options: dict[str, Any],
     ) -> Tensor:
-        """The loss on stand-ins for weight and bias."""
+        """Compute the loss on stand-ins for weight and bias, so that its backward ends with a step on these.
+
+        ``function`` takes the arguments of ``nce_ext.functional.nce_loss`` and ``fused_step``, which is this object: it
+        calls :meth:`check_rows` where gradient rows will be formed, and :meth:`sampled_loss` where pairs will.
+        """
         if isinstance(hidden, Tensor) and weight.device != hidden.device:  # pairs and rows would lie apart
             raise ValueError(
                 f"weight must be on hidden's device {hidden.device} with fuse_optimizer, got {weight.device}"
@@ -131,9 +155,11 @@ class FusedStep:
         return function(hidden, weight, target, noise, num_negatives, **options)
 
     def _check(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Whatever could stop a step stops the forward pass."""
-        given = [p for p in (weight, bias) if p is not None]
-        if len(given) != len(self._parameters) or any(p is not q for p, q in zip(given, self._parameters, strict=True)):
+        """Refuse in the forward pass whatever would stop the step at the end of backward, when it is too late."""
+        current = [p for p in (weight, bias) if p is not None]
+        if len(current) != len(self._parameters) or any(
+            p is not q for p, q in zip(current, self._parameters, strict=True)
+        ):
             raise RuntimeError("weight and bias were replaced after fuse_optimizer; call it again")
         for name, p in zip(("weight", "bias"), self._parameters, strict=False):
             if not p.requires_grad:
@@ -150,25 +176,28 @@ class FusedStep:
             )
 
     def _group(self, p: Tensor) -> dict[str, Any]:
+        """Find the optimizer's group of a parameter."""
         for group in self.optimizer.param_groups:
             if any(q is p for q in group["params"]):
                 return group
         raise RuntimeError("weight and bias were taken from the optimizer after fuse_optimizer; call it again")
 
     def _stand_ins(self) -> tuple[Tensor, Tensor | None]:
+        """Make leaves in the memory of weight and bias; gradients that reach them are collected for the step."""
         stand_ins = []
         for p in self._parameters:
             stand_in = p.detach().requires_grad_()
-            stand_in.register_post_accumulate_grad_hook(self._take_rows(p))
+            stand_in.register_post_accumulate_grad_hook(self._take_rows(p))  # type: ignore[no-untyped-call]  # by torch
             stand_ins.append(stand_in)
         return stand_ins[0], stand_ins[1] if len(stand_ins) == 2 else None
 
     def _take_rows(self, p: nn.Parameter) -> Callable[[Tensor], None]:
+        """Make the hook of a stand-in for ``p``: it moves the stand-in's gradient to the pass under way."""
         done = False
 
         def take(stand_in: Tensor) -> None:
             nonlocal done
-            if stand_in.grad is None:  # pairs have come instead
+            if stand_in.grad is None:  # pairs were collected instead
                 return
             if torch.is_grad_enabled():
                 raise RuntimeError(NO_DOUBLE_BACKWARD)
@@ -182,7 +211,7 @@ class FusedStep:
         return take
 
     def check_rows(self) -> None:
-        """Refuse what leaves gradient rows, where only pairs can be merged."""
+        """Refuse a loss that forms gradient rows where several processes train: only pairs are exchanged."""
         if self.process_group is not None:
             raise RuntimeError(
                 "process_group must be None in fuse_optimizer with shared negatives or the reference backend, whose "
@@ -191,28 +220,33 @@ class FusedStep:
 
     def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
         """Run the operator sampled_loss, whose backward will leave its pairs here; the loss of each example [B]."""
-        plain = inputs._make(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        plain = SampledLossInputs._make(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         plain = plain._replace(needs_hidden_grad=inputs.hidden.requires_grad, needs_row_grad=True)
-        return FusedLoss.apply(inputs.hidden, inputs.log_z, inputs.weight, plain, self)
-
-    # During backward.
+        loss: Tensor = FusedLoss.apply(  # type: ignore[no-untyped-call]  # by torch
+            inputs.hidden, inputs.log_z, inputs.weight, plain, self
+        )
+        return loss
 
     def _this_pass(self) -> BackwardPass:
-        """What the backward pass under way has brought; the first to ask has it end with a step."""
-        task = _private_torch.backward_pass_id()
-        arriving = self._under_way.get(task)
-        if arriving is None:
-            self._under_way[task] = arriving = BackwardPass()
-            _private_torch.at_end_of_backward(lambda: self._end(arriving))
-        return arriving
+        """Find the backward pass under way, or begin to collect of it, and have it end with :meth:`_end`."""
+        number = _private_torch.backward_pass_id()
+        with self._under_way_lock:
+            this = self._under_way.get(number)
+            if this is not None:
+                return this
+            self._under_way[number] = this = BackwardPass()
+        _private_torch.at_end_of_backward(lambda: self._end(this))
+        return this
 
     def add(self, pairs: GradientPairs) -> None:
+        """Collect pairs of the backward pass under way."""
         self._this_pass().pairs.append(pairs)
 
-    def _end(self, arrived: BackwardPass) -> None:
+    def _end(self, ended: BackwardPass) -> None:
+        """Count a backward pass, and take the step if it is the last of ``accumulate``."""
         with self._lock:
-            self._waiting += arrived.pairs
-            for p, rows in arrived.rows:
+            self._waiting += ended.pairs
+            for p, rows in ended.rows:
                 p.grad = rows if p.grad is None else p.grad + rows
             self._passes += 1
             full = self._passes >= self.accumulate
@@ -221,7 +255,7 @@ class FusedStep:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the step on what has been accumulated, such as a last group that is not full. Nothing: no step."""
+        """Take the step on what has been accumulated, such as a last group that is not full; without any, no step."""
         with self._lock:
             pairs, self._waiting, self._passes = self._waiting, [], 0
             racy = self.hogwild and all(p.grad is None for p in self._parameters)
@@ -231,6 +265,7 @@ class FusedStep:
             self._scatter(pairs)
 
     def _step(self, pairs: list[GradientPairs]) -> None:
+        """Take one exact step on pairs and on the gradients that the parameters have."""
         if self.process_group is not None:
             pairs = self._gather(pairs)
         gradients = [p.grad for p in self._parameters]
@@ -250,12 +285,13 @@ class FusedStep:
         _private_torch.mark_as_stepped(self.optimizer)
 
     def _is_finite(self, norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
-        """Whether the step is taken; ``scaler.update()`` is to know, as if the scaler had looked itself."""
+        """Decide whether the step is taken, and have ``scaler.update()`` count it as one of ``scaler.step()``."""
         finite = torch.isfinite(norm)
         _private_torch.record_found_inf(scaler, self, (~finite).float())
         return bool(finite)
 
     def _apply(self, merged: GradientPairs | None, scale: Tensor | None) -> None:
+        """Step by pairs, or without any by the parameters' gradients; ``scale`` multiplies all of them."""
         stepped = [p for p in self._parameters if merged is not None or p.grad is not None]
         steps = {p: self.optimizer._prepare(self._group(p), p) for p in stepped}
         if merged is None:
@@ -268,13 +304,14 @@ class FusedStep:
             row_step_(step, classes, elements[:, None], scale)
 
     def _scatter(self, pairs: list[GradientPairs]) -> None:
+        """Take the racy step of ``hogwild=True``."""
         weight, *bias = self._parameters
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
 
     def _give_gradients(self, merged: GradientPairs) -> None:
-        """Form the gradient after all, to join what is there already."""
+        """Form the gradient of pairs, and add it to the gradients that other uses of the parameters have left."""
         weight, *bias = self._parameters
         classes, rows, elements = row_grad(
             merged, weight.shape[0], weight.dtype, with_rows=True, with_bias=bool(bias), padded=False
@@ -284,12 +321,12 @@ class FusedStep:
             p.grad = own if p.grad is None else p.grad + own
 
     def _factor(self) -> float:
-        """Of all gradients, but for clipping."""
+        """Factor of all gradients before clipping: the mean over processes, unscaled."""
         size = 1 if self.process_group is None else dist.get_world_size(self.process_group)
         return 1 / size if self.grad_scaler is None else 1 / (size * self.grad_scaler.get_scale())
 
     def _scale(self, norm: Tensor | None) -> Tensor | None:
-        """What the kernels multiply all gradients by; None: by nothing."""
+        """Factor [1] by which the kernels multiply all gradients, clipping included; None if it is 1."""
         weight, factor = self._parameters[0], self._factor()
         compute = compute_dtype(weight.dtype)
         if norm is not None and self.max_norm is not None:
@@ -297,14 +334,16 @@ class FusedStep:
         return None if factor == 1 else torch.full((1,), factor, dtype=compute, device=weight.device)
 
     def _norm(self, merged: GradientPairs | None) -> Tensor:
+        """Norm, float64 [1], of the gradient of pairs, or without any of the parameters' gradients together."""
         if merged is not None:
             weight, *bias = self._parameters
             return row_grad_norm(merged, weight.shape[0], with_rows=True, with_bias=bool(bias)).sqrt()
         rows = [rows_of(p.grad)[1].double() for p in self._parameters if p.grad is not None]
-        return torch.stack([values.norm() for values in rows]).norm().reshape(1)
+        norm: Tensor = torch.stack([values.norm() for values in rows]).norm()
+        return norm.reshape(1)
 
     def _gather(self, pairs: list[GradientPairs]) -> list[GradientPairs]:
-        """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
+        """Gather the pairs of all ranks, in the order of ranks: all then take the same step, bit for bit."""
         weight, size = self._parameters[0], dist.get_world_size(self.process_group)
         tied = any(p.grad is not None for p in self._parameters)
         dtype = _checks.FLOATS.index(pairs[0].hidden.dtype) if pairs else -1
@@ -337,6 +376,7 @@ class FusedStep:
 
 
 def _merge(pairs: list[GradientPairs]) -> GradientPairs:
+    """Join the pairs of several calls of the loss into those of one."""
     if len(pairs) == 1:
         return pairs[0]
     columns = sorted({each.ids.shape[1] for each in pairs})
@@ -348,6 +388,7 @@ def _merge(pairs: list[GradientPairs]) -> GradientPairs:
 
 
 def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> GradientPairs:
+    """Pairs of no example, which a rank sends that has none."""
     compute = compute_dtype(weight.dtype)
     return GradientPairs(
         torch.empty((0, columns), dtype=torch.int32, device=weight.device),
@@ -358,7 +399,7 @@ def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> GradientP
 
 
 def fuse(weight: nn.Parameter, bias: nn.Parameter | None, optimizer: Any, **options: Any) -> FusedStep:
-    """Refuse what cannot be fused, else the handle; see ``fuse_optimizer``."""
+    """Check the arguments of ``loss_fn.fuse_optimizer``, and make the handle that it returns."""
     if not isinstance(optimizer, RowOptimizer):
         raise TypeError(
             f"optimizer must be one of nce_ext.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}"
@@ -382,6 +423,7 @@ def fuse(weight: nn.Parameter, bias: nn.Parameter | None, optimizer: Any, **opti
 
 
 def _check_hogwild(weight: Tensor, bias: Tensor | None, optimizer: RowOptimizer, options: dict[str, Any]) -> None:
+    """Refuse all that the racy step does not do: anything but plain SGD on float32 in one process."""
     if not isinstance(optimizer, SGD):
         raise ValueError(f"optimizer must be SGD with hogwild=True, got {type(optimizer).__name__}")
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What the optimizers of nce_ext.optim share: which parameters are stepped by rows, and where their state lives."""
+"""Base class of the optimizers of nce_ext.optim: which parameters are stepped by rows, and where their state lives."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass
 class _Kept:
-    """A tensor that torch's load_state_dict is to leave as it is: what is iterable it takes apart."""
+    """Wrapper that takes a tensor through torch's ``load_state_dict`` unchanged.
+
+    torch casts every tensor of a state to its parameter's dtype, and rebuilds whatever can be iterated over.
+    """
 
     tensor: Tensor
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """An optimizer of torch that also takes parameters whose gradients are row-sparse COO tensors.
+    """Optimizer of torch that also takes parameters whose gradients are row-sparse COO tensors.
 
-    A parameter is stepped by rows from its first sparse gradient on, and then by dense gradients too, which touch every
-    row; all others are torch's own affair. Subclasses put this class before torch's.
+    A parameter is stepped by rows from its first sparse gradient on, and from then on by dense gradients too, which
+    touch every row. All other parameters are stepped by torch's own code. Subclasses name this class before torch's.
     """
 
     _dense_optimizer: type[torch.optim.Optimizer] | None = None  # whose step serves the other parameters
 
     def _options_of_rows(self, rounding: str, generator: torch.Generator | None, **more: Any) -> None:
-        """Complete the constructor: options that torch's optimizer does not know."""
+        """Complete the constructor of torch's optimizer by options that it does not know."""
         check_options({"rounding": rounding, **more})
         self._generator = generator
         self._row_defaults = {"rounding": rounding, **more}
@@ -57,35 +60,41 @@ class RowOptimizer(torch.optim.Optimizer):
             check_options(param_group)
         super().add_param_group(param_group)
 
-    # What a subclass says of its rule.
+    # The rule, of which a subclass overrides what differs from plain SGD.
 
     def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
+        """Collect what the next step takes besides tensors; ``state["step"]`` counts it already."""
         raise NotImplementedError
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
-        """Names of the first and the second state of every element."""
+        """Name the first and the second state of the rule in the optimizer's state; None where it has none."""
         raise NotImplementedError
 
     def _counts_touches(self, group: dict[str, Any]) -> bool:
+        """Tell whether the rule depends on how often a row has been touched."""
         return False
 
     def _decay(self, group: dict[str, Any]) -> float:
-        """Decoupled decay, times the learning rate."""
+        """Compute the share of a weight that decoupled decay takes in a step."""
         return 0.0
 
     def _refusal(self, group: dict[str, Any]) -> str | None:
-        """Why a parameter of this group cannot be stepped by rows."""
+        """Say why parameters of a group cannot be stepped by rows; None if they can."""
         return "differentiable must be False for sparse gradients, got True" if group.get("differentiable") else None
 
     def _initial(self, group: dict[str, Any]) -> float:
-        """What the states of every element begin with."""
+        """Choose the value of all elements of a new state."""
         return 0.0
+
+    def _shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Choose the shape of a state for a weight [V, D]."""
+        return tuple(weight.shape)
 
     # Stepping.
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on every parameter that has a gradient; sparse ones are coalesced first if they are not."""
+        """Step on every parameter that has a gradient; sparse gradients are coalesced first if they are not."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -112,16 +121,19 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def _steps_by_rows(self, p: Tensor) -> bool:
+        """Tell whether a parameter with a gradient is stepped by rows, and not by torch."""
         return p.grad.is_sparse or bool(self.state.get(p, {}).get("by_rows"))  # type: ignore[union-attr]
 
     def _step_dense(self) -> None:
+        """Run torch's step on the parameters that have a gradient now."""
         if self._dense_optimizer is not None:
-            # torch wraps the step of a class once it has an instance, to call the hooks; they are to be called once.
-            # Within that wrapper is the one that switches autograd on or off.
+            # torch wraps a class's step in a function that calls the optimizer's hooks, and within that in one that
+            # switches autograd on or off. Hooks were called for this class's step, so torch's is run without wrappers.
             with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
                 inspect.unwrap(self._dense_optimizer.step)(self)
 
     def _check(self, group: dict[str, Any], p: Tensor) -> None:
+        """Refuse a parameter, or the gradient that it has, which cannot be stepped by rows."""
         why = self._refusal(group)
         if why is not None:
             raise ValueError(why)
@@ -143,7 +155,7 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr * weight_decay must be below 1, got {self._decay(group)}")
 
     def _prepare(self, group: dict[str, Any], p: Tensor) -> RowStep:
-        """Count the step, and make what it needs; from here on nothing can fail."""
+        """Count a step that was checked, and collect what it needs; states that are missing are made."""
         state = self.state[p]
         weight = as_rows(p)
         self._complete(group, p, state, weight)
@@ -156,19 +168,21 @@ class RowOptimizer(torch.optim.Optimizer):
         )
 
     def _seed(self, group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor | None:
+        """Draw the seed of stochastic rounding; None where the weight is not rounded at random."""
         if weight.dtype not in _NARROW or group["rounding"] != "stochastic" or "master" in state:
             return None
         return draw_seed(weight.device, self._generator)
 
     def _row_state(self, group: dict[str, Any], state: dict[str, Any]) -> RowState:
+        """Collect the tensors of a parameter's state in the form that a step takes."""
         first, second = (None if name is None else state[name] for name in self._tables(group))
         return RowState(first, second, state.get("row_step"), state.get("decayed"), state.get("master"))
 
     def _complete(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], weight: Tensor) -> None:
-        """State of a parameter that is new to rows: fresh, or continued from torch's dense state."""
+        """Make the states that a step by rows needs and that are missing: fresh, or out of torch's dense ones."""
         compute = compute_dtype(p.dtype)
         if not state.get("by_rows") and p.dtype in _NARROW and state.get("step") == 0:
-            state.clear()  # torch's Adagrad makes its sum at once, rounded
+            state.clear()  # the sum that torch's Adagrad makes in its constructor is of 16 bits, too
         continued = any(name is not None and state.get(name) is not None for name in self._tables(group))
         if not state.get("by_rows"):
             state["by_rows"] = True
@@ -189,11 +203,8 @@ class RowOptimizer(torch.optim.Optimizer):
         if p.dtype in _NARROW and group["rounding"] == "master" and "master" not in state:
             state["master"] = weight.float()
 
-    def _shape(self, weight: Tensor) -> tuple[int, ...]:
-        """Of the tables."""
-        return tuple(weight.shape)
-
     def _fresh(self, group: dict[str, Any], weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Make a state that no step has changed yet."""
         shape = self._shape(weight)
         table = empty_table(shape[0], math.prod(shape[1:]), weight.device, dtype)
         return table.fill_(self._initial(group)).view(shape)
@@ -223,9 +234,9 @@ class RowOptimizer(torch.optim.Optimizer):
     # Saving and loading.
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the state of rows keeps its own types: it moves to the parameter's device alone.
+        """Load a state as torch does, but leave the states of rows their dtypes: only their device is the parameter's.
 
-        A state of torch's optimizer of the same name is taken too: all rows then count as touched at every step.
+        The state of torch's optimizer of the same name is accepted, too; all rows then count as touched at every step.
         """
         state = {
             index: {
@@ -255,11 +266,13 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _place(p: Tensor, name: str, value: Tensor) -> Tensor:
+        """Move a loaded state to the device of its parameter, and to the dtype that steps compute in."""
         exact = not value.is_floating_point() or name in ("decayed", "master")
         return value.to(p.device, value.dtype if exact else compute_dtype(p.dtype))
 
 
 def check_options(group: dict[str, Any]) -> None:
+    """Refuse a parameter group's options that torch's optimizer does not know."""
     if group.get("rounding", "nearest") not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(map(repr, ROUNDINGS))}, got {group['rounding']!r}")
     if group.get("bias_correction", "row") not in BIAS_CORRECTIONS:
@@ -267,14 +280,14 @@ def check_options(group: dict[str, Any]) -> None:
 
 
 def as_rows(p: Tensor) -> Tensor:
-    """A parameter as rows [V, D]: those of its first dimension."""
+    """View a parameter, without autograd, as rows [V, D]: those of its first dimension."""
     if p.dim() < 2:
         return p.detach().view(-1, 1)
     return p.detach() if p.dim() == 2 else p.detach().view(p.shape[0], math.prod(p.shape[1:]))
 
 
 def rows_of(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Classes [U], or None for all, and rows [U, D] of a gradient."""
+    """Split a gradient into classes [U], ascending, each once, and rows [U, D]; None in place of all classes."""
     if not gradient.is_sparse:
         return None, as_rows(gradient.contiguous())
     gradient = coalesce(gradient)

@@ -1,4 +1,4 @@
-"""The update rules as optimizers: constructors, defaults, and what each says of its state."""
+"""Update rules as optimizers: their constructors and defaults, and which states each of them keeps."""
 
 from __future__ import annotations
 
@@ -111,13 +111,14 @@ class Adagrad(RowOptimizer, torch.optim.Adagrad):
         return None, "sum"
 
     def _initial(self, group: dict[str, Any]) -> float:
-        return group["initial_accumulator_value"]
+        return float(group["initial_accumulator_value"])
 
     def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         return adagrad_hyperparameters(ADAGRAD, group, state)
 
 
 def adagrad_hyperparameters(rule: int, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
+    """Collect what a step of either Adagrad takes besides tensors; the decay of its rate is applied here."""
     step = int(state["step"])
     rate = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
     return Hyperparameters(rule, step, rate, group["weight_decay"], eps=group["eps"], maximize=group["maximize"])
@@ -176,23 +177,24 @@ class RowwiseAdagrad(RowOptimizer):
         return tuple(weight.shape[:1])
 
     def _initial(self, group: dict[str, Any]) -> float:
-        return group["initial_accumulator_value"]
+        return float(group["initial_accumulator_value"])
 
     def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         return adagrad_hyperparameters(ROWWISE_ADAGRAD, group, state)
 
 
 class _LazyAdam(RowOptimizer):
-    """What Adam and AdamW share."""
+    """Base class of Adam and AdamW: a first and a second moment for every element, moved where a row is touched."""
 
     def _options_of_adam(self, bias_correction: str, rounding: str, generator: torch.Generator | None) -> None:
+        """Complete the constructor of torch's optimizer by options that it does not know."""
         self._options_of_rows(rounding, generator, bias_correction=bias_correction)
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
         return "exp_avg", "exp_avg_sq"
 
     def _counts_touches(self, group: dict[str, Any]) -> bool:
-        return group["bias_correction"] == "row"
+        return bool(group["bias_correction"] == "row")
 
     def _refusal(self, group: dict[str, Any]) -> str | None:
         if group["amsgrad"]:

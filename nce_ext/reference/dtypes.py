@@ -1,4 +1,4 @@
-"""The type in which values of a storage type are computed."""
+"""Dtypes in which the losses and the steps compute."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for float32 and the 16-bit types."""
+    """Choose the dtype in which kernels compute with weights of a storage dtype."""
     return torch.float64 if storage == torch.float64 else torch.float32

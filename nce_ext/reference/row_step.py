@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nce_ext.reference.dtypes import compute_dtype
 from nce_ext.reference.noise import philox4x32
 
 # The codes are those of StepRule in csrc/row_step.h.
@@ -14,20 +15,20 @@ SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 
 
 class Hyperparameters(NamedTuple):
-    """What a step takes besides tensors."""
+    """Numbers and switches of a step; a rule reads those that it has."""
 
     rule: int
-    step: int  # of the optimizer, from 1; Adam corrects by it where rows do not count their own
-    rate: float
+    step: int  # number of the step, from 1; Adam corrects by it where rows do not count their own
+    rate: float  # learning rate
     weight_decay: float = 0.0  # coupled: added to the gradient, times the weight
-    log_decay: float = 0.0  # decoupled: sum over all steps of log(1 - rate * decay)
-    momentum: float = 0.0
+    log_decay: float = 0.0  # decoupled: sum of log(1 - rate * decay) over all steps so far
+    momentum: float = 0.0  # SGD's, as dampening and nesterov are
     dampening: float = 0.0
-    beta1: float = 0.0
+    beta1: float = 0.0  # Adam's, as beta2 is
     beta2: float = 0.0
     eps: float = 0.0
     nesterov: bool = False
-    maximize: bool = False
+    maximize: bool = False  # whether the gradient is negated
 
 
 class RowState(NamedTuple):
@@ -41,7 +42,7 @@ class RowState(NamedTuple):
 
 
 class RowStep(NamedTuple):
-    """A step that is about to be taken on rows of one table."""
+    """Step to be taken on rows of one table: all but the rows' classes and gradient."""
 
     weight: Tensor  # [V, D], without autograd
     state: RowState
@@ -58,8 +59,8 @@ def row_step_(
     gradient_scale: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> None:
-    """Step on the rows ``classes`` [U], or on all, of weight [V, D] in place; gradient [U, D]."""
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    """Step in place on rows of weight [V, D]: those of ``classes`` [U], or all; their gradient is [U, D]."""
+    compute = compute_dtype(weight.dtype)
     rows = torch.arange(weight.shape[0], device=weight.device) if classes is None else classes
     touches = None if state.row_steps is None else state.row_steps[rows].double() + 1
     w = (weight if state.master is None else state.master)[rows].to(compute)
@@ -81,6 +82,10 @@ def row_step_(
     elif seed is not None:
         w = round_at_random(w, rows, seed, weight.dtype)
     weight[rows] = w.to(weight.dtype)
+
+
+# Each rule moves the state of rows with gradient g [U, D], and returns what is to be subtracted from them. touches [U],
+# where rows count them, include this step.
 
 
 def _sgd(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
@@ -119,7 +124,7 @@ def _adam(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: H
 
 
 def round_at_random(values: Tensor, rows: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 [U, D] rounded to neighbours in a 16-bit type, up with the probability of the fraction that is cut off.
+    """Round float32 [U, D] to neighbours in a 16-bit type, up with the probability of the fraction that is cut off.
 
     The 16 random bits of element d of a row are those of (seed, row, d): 8 elements share a Philox block.
     """
