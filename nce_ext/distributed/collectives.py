@@ -67,7 +67,8 @@ class Collectives:
             raise RuntimeError("torch.distributed must be initialized (dist.init_process_group), and is not")
         if not dist.is_gloo_available():
             raise RuntimeError("PyTorch must have Gloo, through which the ranks' messages go, and has not")
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
+        not_a_member: Any = dist.GroupMember.NON_GROUP_MEMBER  # what dist.new_group returns to other processes
+        if group is not_a_member:
             raise ValueError("group must be one of which this process is a rank, got one without it")
         if not (group is None or isinstance(group, dist.ProcessGroup)):
             raise TypeError(f"group must be a ProcessGroup or None, got {describe(group)}")
@@ -121,10 +122,10 @@ class Collectives:
             return whole[: sum(sizes)] if longest else whole
         self._count(part.nbytes * (self.size - 1))
         with self._watched(part):
-            self._backend(part).allgather([list(whole.split(longest))], [part]).wait()
+            self._backend(part).allgather([list(torch.split(whole, longest))], [part]).wait()
         if min(sizes) == longest:
             return whole
-        parts = whole.split(longest)
+        parts = torch.split(whole, longest)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
     @torch.no_grad()
@@ -254,7 +255,7 @@ class _Link:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.store = dist.PrefixStore("nce_ext", group.get_group_store())
+        self.store = _substore("nce_ext", group.get_group_store())
         self.failure: str | None = None
         self.gloo: Any = None
         timeout = (_private_torch.timeout_of(group) or dist.default_pg_timeout).total_seconds()
@@ -264,7 +265,7 @@ class _Link:
             try:
                 # Not dist.new_group: where not all ranks of the world take part, it gives the name, and so the keys in
                 # the store, of a destroyed group to the next of the same ranks.
-                self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, self.size, patience)
+                self.gloo = dist.ProcessGroupGloo(_substore("gloo", self.store), self.rank, self.size, patience)
             except RuntimeError:
                 self.give_up()
 
@@ -323,6 +324,11 @@ def _close_all() -> None:
     """Connections that outlive the interpreter abort the process."""
     for link in list(_links.values()):
         link.close()
+
+
+def _substore(prefix: str, store: Any) -> Any:
+    """Return the part of a store whose keys begin with ``prefix``."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # documented, not in __all__
 
 
 def _value_in_words(value: Any) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,16 @@ from nce_ext.losses import _SampledLoss
 from nce_ext.noise import describe
 
 __all__ = ["RowSparseDDP", "reduce_sparse_gradients", "sparse_gradient_hook"]
+
+
+_Parameters = ParamSpec("_Parameters")
+
+
+def _with_signature_of(
+    model: Callable[_Parameters, None],
+) -> Callable[[Callable[..., None]], Callable[_Parameters, None]]:
+    """Show a method to type checkers with the parameters of another one; it stays what it is."""
+    return lambda method: method
 
 
 class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
@@ -50,6 +60,9 @@ class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
         PyTorch whose DDP cannot be told what is sparse.
     """
 
+    # DDP's options are not listed here, since they differ between versions of torch, down to their order: type checkers
+    # see those of the installed one.
+    @_with_signature_of(DistributedDataParallel.__init__)
     def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
         if any(isinstance(m, _SampledLoss) and m._fused is not None for m in module.modules()):
             raise ValueError(
@@ -75,7 +88,8 @@ class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
 
 
 def sparse_gradient_hook(
-    state: Collectives | dist.ProcessGroup | None, bucket: dist.GradBucket
+    state: Collectives | dist.ProcessGroup | None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # documented, not in torch.distributed.__all__
 ) -> torch.futures.Future[Tensor]:
     """A communication hook: the average over ranks of a bucket, row-sparse or dense.
 
@@ -94,7 +108,8 @@ def sparse_gradient_hook(
     gradient = bucket.buffer()
     if not gradient.is_sparse:
         work = dist.all_reduce(gradient.div_(collectives.size), group=collectives.group, async_op=True)
-        return work.get_future().then(lambda reduced: reduced.value()[0])
+        reduced: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return reduced
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     with collectives.step():
         mean = _mean_over_ranks(gradient, gradient, collectives)
@@ -104,8 +119,11 @@ def sparse_gradient_hook(
 
 
 if dist.is_available():
-    # DDP compares them with types, and here they are strings.
-    sparse_gradient_hook.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]})
+    # DDP compares a hook's annotations with these types, and those above are strings.
+    sparse_gradient_hook.__annotations__.update(
+        bucket=dist.GradBucket,  # type: ignore[attr-defined]
+        **{"return": torch.futures.Future[Tensor]},
+    )
 
 
 @torch.no_grad()

@@ -142,7 +142,9 @@ class GatheredLoss(nn.Module):
             own_query, own_key, own_negatives, _ = directions[0]
             scale, bias = self._scale_and_bias(own_query)
             call = _GatheredCall(others, columns, options, c.size if self.ddp else 1)
-            losses = _GatheredLosses.apply(own_query, own_key, own_negatives, scale, bias, call)
+            losses: Tensor = _GatheredLosses.apply(  # type: ignore[no-untyped-call]  # torch's is untyped
+                own_query, own_key, own_negatives, scale, bias, call
+            )
         return losses / max(sum(sizes), 1) if self.loss_fn.reduction == "mean" else losses
 
     def extra_repr(self) -> str:
@@ -245,11 +247,23 @@ class _GatheredCall(NamedTuple):
     factor: int  # of the gradients of query and key
 
 
+# Query, key, explicit negatives, scale and bias.
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+
+
 class _GatheredLosses(torch.autograd.Function):
     """The sum of all ranks' losses, or [n]; as in _pairwise.Pairwise, a sum has its gradients made in forward."""
 
     @staticmethod
-    def forward(ctx, query, key, negatives, scale, bias, call):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        call: _GatheredCall,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         operands, total = (query, key, negatives, scale, bias), call.options.total
         needs = tuple(ctx.needs_input_grad[:5]) if call.options.learns and total else (False,) * 5
@@ -263,7 +277,7 @@ class _GatheredLosses(torch.autograd.Function):
         return call.others.collectives.all_reduce(losses.sum())
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
         if upstream is None:
@@ -279,7 +293,7 @@ class _GatheredLosses(torch.autograd.Function):
 
 
 def _sweep_directions(
-    operands: tuple[Tensor, ...], call: _GatheredCall, needs: tuple[bool, ...], upstream: Tensor
+    operands: _Operands, call: _GatheredCall, needs: tuple[bool, ...], upstream: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Losses of this rank's rows [n], and the gradients of the sum over all ranks of upstream * losses."""
     query, key, negatives, scale, bias = operands
@@ -300,7 +314,9 @@ def _sweep_directions(
     of_query, of_key = _add_given(first.query, back.key), _add_given(first.key, back.query)
     of_keys, of_negatives, of_queries = first.negatives, None, back.negatives
     if of_keys is not None:
-        of_keys, of_negatives = of_keys.split((len(call.columns[0].others), 0 if negatives is None else len(negatives)))
+        of_keys, of_negatives = torch.split(
+            of_keys, [len(call.columns[0].others), 0 if negatives is None else len(negatives)]
+        )
     if of_key is not None and of_keys is not None:
         of_key = call.others.sum_at_owner(of_key, of_keys)
     if of_query is not None and of_queries is not None:

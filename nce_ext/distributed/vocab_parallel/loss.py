@@ -227,7 +227,7 @@ class ShardedLoss(ShardedState):
             owned = OwnedRows(self.weight, self.bias, self.first, self.last)
             one_log_q = log_q is None or log_q[1].dim() == 1
             gathered, context = gather_examples(call, owned, self.collectives, sizes, scalar, one_log_q=one_log_q)
-            losses = VocabParallelLosses.apply(
+            losses: Tensor = VocabParallelLosses.apply(  # type: ignore[no-untyped-call]  # torch's is untyped
                 call.hidden, self.weight, self.bias, call.log_z if scalar is None else scalar, gathered, context
             )
             return self._reduce(losses, call, sample_weight)
@@ -273,9 +273,9 @@ class ShardedLoss(ShardedState):
         weights = torch.ones_like(losses) if weights is None else weights
         total = (losses * weights).sum()
         if self.reduction == "sum":
-            return _SumOverRanks.apply(total, self.collectives)
+            return _sum_over_ranks(total, self.collectives)
         counted = torch.where((call.target != call.ignore_index).any(1), weights, 0).sum()
-        total, counted = _SumOverRanks.apply(torch.stack([total, counted]), self.collectives).unbind()
+        total, counted = _sum_over_ranks(torch.stack([total, counted]), self.collectives).unbind()
         return total / torch.where(counted == 0, 1, counted)
 
     # Evaluation
@@ -316,13 +316,18 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks. What comes from above is the same on all of them, and is the gradient of each summand."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, collectives: Collectives) -> Tensor:
+    def forward(ctx: Any, value: Tensor, collectives: Collectives) -> Tensor:
         total = collectives.all_reduce(value)
         return total.clone() if total is value else total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+def _sum_over_ranks(value: Tensor, collectives: Collectives) -> Tensor:
+    total: Tensor = _SumOverRanks.apply(value, collectives)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _log_z_in_brief(log_z: float | Tensor) -> str:

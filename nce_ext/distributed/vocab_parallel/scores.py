@@ -8,7 +8,7 @@ more, since the rows must be read again for hidden's gradient: nothing of an exa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,15 @@ class VocabParallelLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, log_z, gathered: GatheredExamples, context: GatherContext) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_z: Tensor | None,
+        gathered: GatheredExamples,
+        context: GatherContext,
+    ) -> Tensor:
         ctx.hidden_dtype, ctx.context = hidden.dtype, context
         ctx.log_z_like = None if log_z is None else (log_z.dim(), log_z.dtype)
         with _without_autocast(hidden):
@@ -38,7 +46,7 @@ class VocabParallelLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         saved, context = ctx.saved_tensors, ctx.context
         n_fields = len(GatheredExamples._fields)
         gathered, totals = GatheredExamples(*saved[:n_fields]), saved[n_fields:]
@@ -198,7 +206,10 @@ class _GradientSums:
         batch, dim = gathered.hidden.shape
         n_targets, n = gathered.target.shape[1], gathered.ids.shape[-1]
         compute = _ops.compute_dtype(gathered.weight.dtype)
-        zeros = lambda *shape: torch.zeros(shape, dtype=compute, device=gathered.hidden.device)  # noqa: E731
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=compute, device=gathered.hidden.device)
+
         self.hidden = zeros(batch if needs_hidden else 0, dim)
         self.shift = zeros(batch)  # of what is added to all scores of an example
         self.pairs = zeros(batch if needs_rows else 0, n_targets if shared else n_targets + n)
@@ -275,7 +286,8 @@ def _eager_row_grad(
     sums = derivative.new_zeros((n_classes if dense else len(found), hidden.shape[1]))
     totals = sums.new_zeros(len(sums)).index_add_(0, place, torch.cat([factors, elements]))
     size = max(1, _shared._WORKSPACE[hidden.device.type] // (hidden.shape[1] * sums.element_size()))
-    for part, where, factor in zip(example.split(size), place[: len(at)].split(size), factors.split(size), strict=True):
+    parts = (torch.split(whole, size) for whole in (example, place[: len(at)], factors))
+    for part, where, factor in zip(*parts, strict=True):
         sums.index_add_(0, where, hidden.index_select(0, part).to(sums.dtype) * factor[:, None])
     sums.index_add_(0, place[len(at) :], rows)
     return found, sums.to(dtype), totals.to(dtype)
