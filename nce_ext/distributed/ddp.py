@@ -1,4 +1,4 @@
-"""Row-sparse gradients in data-parallel training: (ids, rows) of every rank, gathered and merged."""
+"""Row-sparse gradients in data-parallel training: each rank sends the classes and rows that it has touched."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Parameters = ParamSpec("_Parameters")
 def _with_signature_of(
     model: Callable[_Parameters, None],
 ) -> Callable[[Callable[..., None]], Callable[_Parameters, None]]:
-    """Show a method to type checkers with the parameters of another one; it stays what it is."""
+    """Show a method to type checkers with the parameters of another one; at run time it is unchanged."""
     return lambda method: method
 
 
@@ -91,7 +91,7 @@ def sparse_gradient_hook(
     state: Collectives | dist.ProcessGroup | None,
     bucket: dist.GradBucket,  # type: ignore[name-defined]  # documented, not in torch.distributed.__all__
 ) -> torch.futures.Future[Tensor]:
-    """A communication hook: the average over ranks of a bucket, row-sparse or dense.
+    """Average a bucket of gradients over the ranks, row-sparse or dense: a communication hook.
 
     For a DDP that knows which of its parameters are sparse, from ``nn.Embedding(sparse=True)``, by
     ``ddp.register_comm_hook(None, sparse_gradient_hook)``; :class:`RowSparseDDP` brings its own.
@@ -159,9 +159,17 @@ def reduce_sparse_gradients(parameters: Iterable[Tensor], group: dist.ProcessGro
 
 
 def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
-    """The mean over ranks of COO gradients [V, ...], coalesced; the rows of a class are added in the order of ranks."""
+    """Average a COO gradient [V, ...] over the ranks, coalesced; the rows of a class are added in the order of ranks.
+
+    Args:
+        gradient: this rank's; None counts as one without touched rows.
+        like: a tensor of the gradient's shape, and of its dtype if there is none.
+
+    Returns:
+        The mean, or None if no rank has a gradient.
+    """
     shape = tuple(like.shape)
-    # Half the bytes of int64, wherever classes fit.
+    # int32 halves the bytes sent, wherever classes fit.
     narrow = torch.int32 if shape[0] < 2**31 else torch.int64
     if gradient is None:
         ids, rows = like.new_zeros((0,), dtype=narrow), like.new_zeros((0, *shape[1:]))
