@@ -1,4 +1,4 @@
-"""The collectives of one process group: what they cost, and errors that name the rank they come from."""
+"""Collectives of one process group that count what they send, and whose errors name the rank they come from."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from nce_ext._ops.sample import draw_seed
 
 __all__ = ["Collectives"]
 
-# A message of every rank: its length and its first bytes; only longer ones take a second round.
+# Bytes of the frame that every rank sends of its message, the first of them for its length. Longer ones take a second
+# round.
 _LENGTH, _FRAME = 8, 512
 
-# Seconds for which survivors wait for each other's sign, or that part of the group's timeout if it is less.
+# Seconds for which surviving ranks wait for each other's sign; at most this part of the group's timeout.
 _GRACE, _GRACE_PART = 5.0, 0.125
-_POLL = 0.02
+_POLL = 0.02  # seconds between two looks at the store
 
 
 class Collectives:
-    """The collectives of one process group; a failure names the rank.
+    """Collectives of one process group; a failure names the rank.
 
     Messages (:meth:`agree`, :meth:`sizes`) and CPU tensors go through Gloo connections of the package's own between the
     same ranks; tensors of a GPU go through ``group``, by its own backend. So no message waits for a GPU, and a step
@@ -68,7 +69,8 @@ class Collectives:
             raise RuntimeError("torch.distributed must be initialized (dist.init_process_group), and is not")
         if not dist.is_gloo_available():
             raise RuntimeError("PyTorch must have Gloo, through which the ranks' messages go, and has not")
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
+        not_a_member: Any = dist.GroupMember.NON_GROUP_MEMBER  # what dist.new_group returns to other processes
+        if group is not_a_member:
             raise ValueError("group must be one of which this process is a rank, got one without it")
         if not (group is None or isinstance(group, dist.ProcessGroup)):
             raise TypeError(f"group must be a ProcessGroup or None, got {describe(group)}")
@@ -81,18 +83,16 @@ class Collectives:
         self._agreed = True
         self._check_usable()
 
-    # Messages
-
     def agree(self, **values: int | str | tuple[int, ...]) -> None:
         """Raise the same ValueError on every rank if a value is not the same on all of them."""
         self._exchange("agree", values)
 
     def sizes(self, n: int, **values: int | str | tuple[int, ...]) -> list[int]:
-        """``n`` of every rank; in the same exchange, what :meth:`agree` does for ``values``."""
+        """Gather the ``n`` of every rank; in the same exchange, do what :meth:`agree` does for ``values``."""
         return [message["n"] for message in self._exchange("sizes", values, n=int(n))]
 
     def broadcast_seed(self, generator: torch.Generator | None = None) -> Tensor:
-        """A seed, int64 [2] on the CPU, drawn on rank 0 and the same everywhere; other ranks draw nothing."""
+        """Draw a seed on rank 0 for all ranks, int64 [2] on the CPU; other ranks draw nothing."""
         seed = torch.zeros(2, dtype=torch.int64)
         if self.rank == 0:
             seed = draw_seed(seed.device if generator is None else generator.device, generator).cpu()
@@ -102,13 +102,11 @@ class Collectives:
                 self._backend(seed).broadcast(seed, 0).wait()
         return seed
 
-    # Data. None of these takes part in autograd.
-
     @torch.no_grad()
     def all_gather(self, t: Tensor, sizes: list[int]) -> Tensor:
-        """The ranks' tensors behind each other along dim 0, of which rank r has ``sizes[r]``: [sum(sizes), ...].
+        """Concatenate the ranks' tensors along dim 0, of which rank r has ``sizes[r]``: [sum(sizes), ...].
 
-        Uneven parts are sent as long as the longest. With one rank ``t`` itself.
+        No part of autograd. Uneven parts are sent as long as the longest. With one rank returns ``t`` itself.
         """
         assert t.shape[0] == sizes[self.rank], (t.shape, sizes, self.rank)
         if self.size == 1:
@@ -122,15 +120,18 @@ class Collectives:
             return whole[: sum(sizes)] if longest else whole
         self._count(part.nbytes * (self.size - 1))
         with self._watched(part):
-            self._backend(part).allgather([list(whole.split(longest))], [part]).wait()
+            self._backend(part).allgather([list(torch.split(whole, longest))], [part]).wait()
         if min(sizes) == longest:
             return whole
-        parts = whole.split(longest)
+        parts = torch.split(whole, longest)
         return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
     @torch.no_grad()
     def all_reduce(self, t: Tensor, op: str = "sum") -> Tensor:
-        """The "sum" or the "max" over the ranks, the same bits on all; a new tensor, or with one rank ``t`` itself."""
+        """Reduce over the ranks by "sum" or "max", to the same bits on all.
+
+        No part of autograd. Returns a new tensor; with one rank, or without elements, ``t`` itself.
+        """
         if self.size == 1 or not t.numel():
             return t
         whole = t.clone(memory_format=torch.contiguous_format)
@@ -142,10 +143,11 @@ class Collectives:
 
     @torch.no_grad()
     def reduce_scatter(self, t: Tensor, sizes: list[int]) -> Tensor:
-        """Of the sum over ranks of ``t`` [sum(sizes), ...] this rank's part [sizes[rank], ...]: all_gather's adjoint.
+        """Sum ``t`` [sum(sizes), ...] over the ranks, and return this rank's part, [sizes[rank], ...].
 
-        Parts are exchanged, then summed in the order of ranks: at the payload of a reduction, but uneven parts are
-        allowed, and the bits are the same on every backend. With one rank ``t`` itself.
+        It is the adjoint of :meth:`all_gather`, no part of autograd. Parts are exchanged and then summed in the order
+        of ranks, instead of by the backend's own reduction: this sends as much, takes uneven parts, and gives the same
+        bits on every backend. With one rank returns ``t`` itself.
         """
         assert t.shape[0] == sum(sizes), (t.shape, sizes)
         if self.size == 1:
@@ -160,11 +162,9 @@ class Collectives:
                 self._backend(whole).alltoall_base(flat, whole, [mine] * self.size, sizes).wait()
         return parts.sum(0)
 
-    # Failures
-
     @contextlib.contextmanager
     def step(self, *, agreed: bool = False) -> Iterator[None]:
-        """What the ranks do together, of which an error on one is an error on all.
+        """Enclose what the ranks do together: an error on one of them is an error on all.
 
         The first call inside must be :meth:`agree` or :meth:`sizes`: an error before it is told in its place, and harms
         nothing. With ``agreed=True`` (a backward, whose forward has agreed) it need not be, and any error is final.
@@ -188,7 +188,7 @@ class Collectives:
             self._agreed = outer
 
     def _exchange(self, call: str, values: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
-        """The messages of all ranks; raises alike on all of them if one refuses or the values differ."""
+        """Exchange messages with all ranks; raise the same on all of them if one refuses or the values differ."""
         self._check_usable()
         text = json.dumps({"values": {"the call": call, **values}, **more})
         self._agreed = True
@@ -206,6 +206,7 @@ class Collectives:
         return messages
 
     def _gather_text(self, text: str) -> list[str]:
+        """Gather the text of every rank."""
         if self.size == 1:
             return [text]
         data = len(text.encode()).to_bytes(_LENGTH, "little") + text.encode()
@@ -223,6 +224,7 @@ class Collectives:
             width = max(ends)
 
     def _backend(self, t: Tensor) -> Any:
+        """Return the process group that sends ``t``."""
         return self._link.gloo if t.device.type == "cpu" else self.group
 
     def _count(self, n: int) -> None:
@@ -234,7 +236,7 @@ class Collectives:
 
     @contextlib.contextmanager
     def _watched(self, t: Tensor) -> Iterator[None]:
-        """A collective of ``t``: its failure becomes one that names the missing ranks."""
+        """Enclose a collective of ``t``: its failure is raised as one that names the missing ranks."""
         self._check_usable()
         if not self._agreed:
             raise RuntimeError("agree() or sizes() must be the first call in a step, got a collective of data")
@@ -245,17 +247,17 @@ class Collectives:
             raise self._mark_told(RuntimeError(self._link.failure)) from error
 
     def _mark_told(self, error: BaseException) -> BaseException:
-        """An error that the other ranks know of, which a step around it need not tell them."""
+        """Mark an error as known to the other ranks, so that a step around it does not tell it again; returns it."""
         error.told_by = self._link  # type: ignore[attr-defined]
         return error
 
 
 class _Link:
-    """Gloo connections beside the caller's group, and the store in which its ranks sign when they fail."""
+    """Gloo connections of the package's own between a group's ranks, and the store in which they sign on failure."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.store = dist.PrefixStore("nce_ext", group.get_group_store())
+        self.store = _substore("nce_ext", group.get_group_store())
         self.failure: str | None = None
         self.gloo: Any = None
         timeout = (_private_torch.timeout_of(group) or dist.default_pg_timeout).total_seconds()
@@ -265,19 +267,19 @@ class _Link:
             try:
                 # Not dist.new_group: where not all ranks of the world take part, it gives the name, and so the keys in
                 # the store, of a destroyed group to the next of the same ranks.
-                self.gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), self.rank, self.size, patience)
+                self.gloo = dist.ProcessGroupGloo(_substore("gloo", self.store), self.rank, self.size, patience)
             except RuntimeError:
                 self.give_up()
 
     def leave(self, text: str) -> None:
-        """Say why this rank ends the step, and end it for the others."""
+        """Write into the store why this rank ends the step, and end it for the others."""
         self.failure = text
         with contextlib.suppress(RuntimeError):
             self.store.set(f"raised/{self.rank}", text)
         self.close()
 
     def give_up(self) -> None:
-        """Sign, end the collective for the others, and find out which ranks do not sign."""
+        """Sign in the store, end the collective for the others, and find out which ranks do not sign."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"signed/{self.rank}", "")
         self.close()
@@ -291,6 +293,7 @@ class _Link:
             )
 
     def _verdict(self) -> str:
+        """Wait for the other ranks' signs, and say what went wrong."""
         deadline = time.monotonic() + self.grace
         silent = set(range(self.size))
         raised: dict[int, str] = {}
@@ -313,6 +316,7 @@ class _Link:
         return "a collective failed, though no rank is missing: one came too late, or the connection is lost"
 
     def close(self) -> None:
+        """Close the connections, at which the collectives of other ranks fail at once."""
         self.gloo = None
 
 
@@ -321,9 +325,14 @@ _links: WeakKeyDictionary[dist.ProcessGroup, _Link] = WeakKeyDictionary()
 
 @atexit.register
 def _close_all() -> None:
-    """Connections that outlive the interpreter abort the process."""
+    """Close all connections: one that outlives the interpreter aborts the process."""
     for link in list(_links.values()):
         link.close()
+
+
+def _substore(prefix: str, store: Any) -> Any:
+    """Return the part of a store whose keys begin with ``prefix``."""
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]  # documented, not in __all__
 
 
 def _value_in_words(value: Any) -> str:

@@ -1,10 +1,10 @@
-"""Row-sparse gradients in data-parallel training: (ids, rows) of every rank, gathered and merged."""
+"""Row-sparse gradients in data-parallel training: each rank sends the classes and rows that it has touched."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,16 @@ from nce_ext.distributed.collectives import Collectives
 from nce_ext.losses import _SampledLoss
 
 __all__ = ["RowSparseDDP", "reduce_sparse_gradients", "sparse_gradient_hook"]
+
+
+_Parameters = ParamSpec("_Parameters")
+
+
+def _with_signature_of(
+    model: Callable[_Parameters, None],
+) -> Callable[[Callable[..., None]], Callable[_Parameters, None]]:
+    """Show a method to type checkers with the parameters of another one; at run time it is unchanged."""
+    return lambda method: method
 
 
 class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
@@ -51,6 +61,9 @@ class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
         PyTorch whose DDP cannot be told what is sparse.
     """
 
+    # DDP's options are not listed here, since they differ between versions of torch, down to their order: type checkers
+    # see those of the installed one.
+    @_with_signature_of(DistributedDataParallel.__init__)
     def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
         if any(isinstance(m, _SampledLoss) and m._fused is not None for m in module.modules()):
             raise ValueError(
@@ -76,9 +89,10 @@ class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
 
 
 def sparse_gradient_hook(
-    state: Collectives | dist.ProcessGroup | None, bucket: dist.GradBucket
+    state: Collectives | dist.ProcessGroup | None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # documented, not in torch.distributed.__all__
 ) -> torch.futures.Future[Tensor]:
-    """A communication hook: the average over ranks of a bucket, row-sparse or dense.
+    """Average a bucket of gradients over the ranks, row-sparse or dense: a communication hook.
 
     For a DDP that knows which of its parameters are sparse, from ``nn.Embedding(sparse=True)``, by
     ``ddp.register_comm_hook(None, sparse_gradient_hook)``; :class:`RowSparseDDP` brings its own.
@@ -95,7 +109,8 @@ def sparse_gradient_hook(
     gradient = bucket.buffer()
     if not gradient.is_sparse:
         work = dist.all_reduce(gradient.div_(collectives.size), group=collectives.group, async_op=True)
-        return work.get_future().then(lambda reduced: reduced.value()[0])
+        reduced: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return reduced
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     with collectives.step():
         mean = _mean_over_ranks(gradient, gradient, collectives)
@@ -105,8 +120,11 @@ def sparse_gradient_hook(
 
 
 if dist.is_available():
-    # DDP compares them with types, and here they are strings.
-    sparse_gradient_hook.__annotations__.update(bucket=dist.GradBucket, **{"return": torch.futures.Future[Tensor]})
+    # DDP compares a hook's annotations with these types, and those above are strings.
+    sparse_gradient_hook.__annotations__.update(
+        bucket=dist.GradBucket,  # type: ignore[attr-defined]
+        **{"return": torch.futures.Future[Tensor]},
+    )
 
 
 @torch.no_grad()
@@ -142,9 +160,17 @@ def reduce_sparse_gradients(parameters: Iterable[Tensor], group: dist.ProcessGro
 
 
 def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
-    """The mean over ranks of COO gradients [V, ...], coalesced; the rows of a class are added in the order of ranks."""
+    """Average a COO gradient [V, ...] over the ranks, coalesced; the rows of a class are added in the order of ranks.
+
+    Args:
+        gradient: this rank's; None counts as one without touched rows.
+        like: a tensor of the gradient's shape, and of its dtype if there is none.
+
+    Returns:
+        The mean, or None if no rank has a gradient.
+    """
     shape = tuple(like.shape)
-    # Half the bytes of int64, wherever classes fit.
+    # int32 halves the bytes sent, wherever classes fit.
     narrow = torch.int32 if shape[0] < 2**31 else torch.int64
     if gradient is None:
         ids, rows = like.new_zeros((0,), dtype=narrow), like.new_zeros((0, *shape[1:]))

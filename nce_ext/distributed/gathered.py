@@ -1,4 +1,4 @@
-"""Contrastive losses whose negatives are the keys of every rank, with the values and gradients of one process."""
+"""Contrastive losses whose negatives are the keys of all ranks, with the values and gradients of one process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["GatheredLoss", "gather", "gather_rows"]
 def gather(
     loss_fn: InfoNCELoss | SigmoidContrastiveLoss, group: dist.ProcessGroup | None = None, *, ddp: bool = False
 ) -> GatheredLoss:
-    """``loss_fn`` over the batches of all ranks: see :class:`GatheredLoss`, which this constructs."""
+    """Compute ``loss_fn`` over the batches of all ranks: constructs a :class:`GatheredLoss`."""
     return GatheredLoss(loss_fn, group, ddp=ddp)
 
 
 @torch.no_grad()
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The rows of every rank behind each other, in the order of ranks, without gradient: [n, ...] to [sum of n, ...].
+    """Concatenate the rows of every rank, in the order of ranks, without gradient: [n, ...] to [sum of n, ...].
 
     For what each rank has to hold alike, such as a memory of past keys: ``memory.enqueue(gather_rows(key))``.
 
@@ -51,19 +51,20 @@ class GatheredLoss(nn.Module):
     Equivalent to the same call of ``loss_fn`` in one process, with the ranks' ``query``, ``key``, ``ids``, ``log_q``
     and ``query_log_q`` concatenated in the order of ranks: so is the value, on every rank, and so are the gradients of
     query and key (each rank those of its own) and of the loss's parameters (every rank the whole). Parts may be uneven
-    or empty. A rank computes the losses of its own rows alone, against the columns of all: of B rows on R ranks it
+    or empty. A rank computes the losses of its own examples, against the columns of all: of B examples on R ranks it
     holds ``max_logits`` of its [B / R, B] logits at a time. It sends O(B D): its vectors once, in their own dtype, and
     once the gradients of the others'.
 
     For the reductions "mean" and "sum" all of that happens in forward, so backward neither waits for a rank nor fails
-    by one; every rank must start it with the same number (1, or that of a GradScaler). The mean is over the rows of all
-    ranks. With "none" each rank gets the losses of its rows, and backward communicates: every rank has to call it.
+    by one; every rank must start it with the same number (1, or that of a GradScaler). The mean is over the examples
+    of all ranks. With "none" each rank gets the losses of its own, and backward communicates: all ranks have to call
+    it.
 
     **Data parallel training.** DistributedDataParallel averages the gradients of an encoder over the ranks, where one
-    process adds up those of all rows. With ``ddp=True`` the gradients of query and key are multiplied by the number of
-    ranks, so that the average is the gradient of one process. (The value is not, nor are the gradients that every rank
-    has in full: those of the loss's own parameters, which may be inside the wrapped module or outside, and of
-    ``negatives``.) ::
+    process adds up those of all examples. With ``ddp=True`` the gradients of query and key are multiplied by the
+    number of ranks, so that the average is the gradient of one process. (The value is not, nor are the gradients that
+    every rank has in full: those of the loss's own parameters, which may be inside the wrapped module or outside, and
+    of ``negatives``.) ::
 
         loss_fn = nce_ext.distributed.gather(nce_ext.InfoNCELoss(learn_temperature=True, symmetric=True), ddp=True)
         loss = loss_fn(image_encoder(images), text_encoder(texts))        # encoders wrapped in DDP
@@ -71,7 +72,7 @@ class GatheredLoss(nn.Module):
 
     Without ``ddp`` it is the sum over ranks that is the gradient of one process.
 
-    **Explicit negatives** are not gathered, being columns of every row of one process: each rank passes the same ones,
+    **Explicit negatives** are not gathered, being columns of every example of one process: each rank passes the same,
     which is checked on the CPU (on CUDA under :func:`nce_ext.set_debug`). A memory of past keys is the same on all
     ranks with ``memory.enqueue(gather_rows(key))``, ids and log q likewise.
 
@@ -83,7 +84,7 @@ class GatheredLoss(nn.Module):
 
     Raises:
         TypeError: another loss.
-        ValueError: a loss without ``in_batch``, to whose rows other ranks' keys are nothing.
+        ValueError: a loss without ``in_batch``, whose examples have no columns among other ranks' keys.
         RuntimeError: torch.distributed is not initialized.
     """
 
@@ -118,13 +119,13 @@ class GatheredLoss(nn.Module):
         negative_log_q: Tensor | None = None,
         query_log_q: Tensor | None = None,
     ) -> Tensor:
-        """The loss of this rank's ``query`` [n, D] and ``key`` [n, D] among those of all ranks.
+        """Compute the loss of this rank's ``query`` [n, D] and ``key`` [n, D] among those of all ranks.
 
-        Args: those of the wrapped loss for this rank's n rows, except ``negatives`` and what belongs to them, which are
-            the same on all ranks. There is no ``target``: a rank does not know the labels of other ranks' keys.
+        Args: those of the wrapped loss for this rank's n examples, except ``negatives`` and what belongs to them, which
+            are the same on all ranks. There is no ``target``: a rank does not know the labels of other ranks' keys.
 
         Returns:
-            As the wrapped loss; the losses of this rank's rows, [n], for ``reduction="none"``.
+            As the wrapped loss; the losses of this rank's examples, [n], for ``reduction="none"``.
 
         Raises:
             TypeError, ValueError: as the wrapped loss, on the rank that passed it; the others raise a RuntimeError that
@@ -137,13 +138,15 @@ class GatheredLoss(nn.Module):
             directions, options = self._prepare_own(query, key, negatives, data, query_log_q)
             sizes = c.sizes(query.shape[0], **self._must_agree(query, key, negatives, data, query_log_q))
             others = _OtherRanks(c, sizes)
-            # In each direction the columns are one tower's vectors, with the log q of that tower.
+            # Query looks for its key among the keys and, if symmetric, key for its query among the queries.
             towers = (key, query)[: len(directions)]
             columns = [self._gather_columns(others, t, own) for t, (*_, own) in zip(towers, directions, strict=True)]
             own_query, own_key, own_negatives, _ = directions[0]
             scale, bias = self._scale_and_bias(own_query)
             call = _GatheredCall(others, columns, options, c.size if self.ddp else 1)
-            losses = _GatheredLosses.apply(own_query, own_key, own_negatives, scale, bias, call)
+            losses: Tensor = _GatheredLosses.apply(  # type: ignore[no-untyped-call]  # torch's is untyped
+                own_query, own_key, own_negatives, scale, bias, call
+            )
         return losses / max(sum(sizes), 1) if self.loss_fn.reduction == "mean" else losses
 
     def extra_repr(self) -> str:
@@ -152,7 +155,11 @@ class GatheredLoss(nn.Module):
     def _prepare_own(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]], _pairwise.Options]:
-        """What the wrapped loss makes of this rank's own arguments, refusals included."""
+        """Check and prepare this rank's own arguments as the wrapped loss does.
+
+        Returns:
+            (query, key, negatives, data) of each direction: query against keys and, if symmetric, key against queries.
+        """
         loss_fn = self.loss_fn
         total, grad_enabled = loss_fn.reduction != "none", torch.is_grad_enabled()
         if isinstance(loss_fn, InfoNCELoss):
@@ -165,6 +172,7 @@ class GatheredLoss(nn.Module):
         return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, grad_enabled, loss_fn.max_logits)
 
     def _scale_and_bias(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what logits are multiplied by, and what is added to them if the loss has such."""
         loss_fn = self.loss_fn
         if isinstance(loss_fn, InfoNCELoss):
             return contrastive._scale(loss_fn._scale, loss_fn.logit_scale, like, loss_fn.max_scale), None
@@ -180,7 +188,7 @@ class GatheredLoss(nn.Module):
         data: _pairwise.Data,
         query_log_q: Tensor | None,
     ) -> dict[str, int | str | tuple[int, ...]]:
-        """What has to be the same on all ranks, by the names that a refusal gives it."""
+        """Collect what must be the same on all ranks, by the names that a refusal gives it."""
         arguments = {"query": query, "key": key, "negatives": negatives, "query_log_q": query_log_q, **data._asdict()}
         tensors = {name: value for name, value in arguments.items() if value is not None}
         with_gradient = [
@@ -204,53 +212,80 @@ class GatheredLoss(nn.Module):
 
     @torch.no_grad()
     def _gather_columns(self, others: _OtherRanks, vectors: Tensor, own: _pairwise.Data) -> _OtherColumns:
-        """The other ranks' vectors and their data, for the same of this rank: as explicit negatives, before those."""
+        """Gather the other ranks' columns of one direction, which then count as explicit negatives before any others.
+
+        Args:
+            vectors: this rank's columns, its keys or its queries.
+            own: what belongs to them, and to the explicit negatives.
+        """
         vectors = others.gather(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
         if self.loss_fn.normalize:
             vectors = contrastive._unit_rows(vectors)
         ids = None if own.ids is None else own.ids.long()
         log_q = None if own.log_q is None else own.log_q.to(vectors.dtype)
-        # Without negative_ids there are fewer of these than columns, and no explicit negative is masked by its id.
+        # Explicit negatives without ids have no place in these, and none of them is then masked by its id.
         column_ids = None if ids is None else _prepended(others.gather(ids), own.negative_ids)
         column_log_q = None if log_q is None else _prepended(others.gather(log_q), own.negative_log_q)
         return _OtherColumns(vectors, _pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
 
 
 class _OtherRanks:
-    """The rows of the other ranks, and the way back."""
+    """Examples of the other ranks, in the order of ranks: gathers their vectors, and returns gradients to them."""
 
     def __init__(self, collectives: Collectives, sizes: list[int]) -> None:
         self.collectives, self.sizes = collectives, sizes
         self.start = sum(sizes[: collectives.rank])
 
     def gather(self, own: Tensor) -> Tensor:
+        """Gather what the others have for their examples, given what this rank has for its own."""
         whole = self.collectives.all_gather(own, self.sizes)
         return torch.cat([whole[: self.start], whole[self.start + own.shape[0] :]])
 
     def sum_at_owner(self, own: Tensor, others: Tensor) -> Tensor:
-        """What all ranks have for this rank's rows, of what each has for its own and for those of the others."""
+        """Sum over the ranks what each has for this rank's examples.
+
+        This rank has ``own`` for its own, and ``others`` for those of the others.
+        """
         return self.collectives.reduce_scatter(torch.cat([others[: self.start], own, others[self.start :]]), self.sizes)
 
 
 class _OtherColumns(NamedTuple):
-    """What the rows of one direction are told apart from, beside this rank's own vectors."""
+    """Columns of one direction that other ranks own."""
 
-    others: Tensor
-    data: _pairwise.Data
+    others: Tensor  # their vectors, [sum of the others' n, D]
+    data: _pairwise.Data  # of these, of this rank's own columns and of explicit negatives
 
 
 class _GatheredCall(NamedTuple):
+    """One call of the loss, without the tensors that have gradients."""
+
     others: _OtherRanks
     columns: list[_OtherColumns]  # of query against keys and, if symmetric, of key against queries
     options: _pairwise.Options
-    factor: int  # of the gradients of query and key
+    factor: int  # by which the gradients of query and key are multiplied
+
+
+# Query, key, explicit negatives, scale and bias.
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class _GatheredLosses(torch.autograd.Function):
-    """The sum of all ranks' losses, or [n]; as in _pairwise.Pairwise, a sum has its gradients made in forward."""
+    """Sum of all ranks' losses, [], or if ``options.total`` is False the losses of this rank's examples.
+
+    The gradients of a sum are formed in forward, where the logits are at hand; those of single losses in backward,
+    which computes the logits again.
+    """
 
     @staticmethod
-    def forward(ctx, query, key, negatives, scale, bias, call):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        call: _GatheredCall,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         operands, total = (query, key, negatives, scale, bias), call.options.total
         needs = tuple(ctx.needs_input_grad[:5]) if call.options.learns and total else (False,) * 5
@@ -259,12 +294,12 @@ class _GatheredLosses(torch.autograd.Function):
             ctx.call = call
             ctx.save_for_backward(*operands)
             return losses
-        ctx.call = call._replace(columns=[])  # as large as all ranks' vectors
+        ctx.call = call._replace(columns=[])  # backward needs no columns, which are as large as all ranks' vectors
         ctx.save_for_backward(*gradients)
         return call.others.collectives.all_reduce(losses.sum())
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
         if upstream is None:
@@ -280,32 +315,39 @@ class _GatheredLosses(torch.autograd.Function):
 
 
 def _sweep_directions(
-    operands: tuple[Tensor, ...], call: _GatheredCall, needs: tuple[bool, ...], upstream: Tensor
+    operands: _Operands, call: _GatheredCall, needs: tuple[bool, ...], upstream: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses of this rank's rows [n], and the gradients of the sum over all ranks of upstream * losses."""
+    """Compute losses and gradients, each direction by a sweep over chunks of the logits.
+
+    Returns:
+        Losses of this rank's examples, [n], the mean over directions; and the gradients, for those operands that need
+        one, of the sum over all ranks of upstream * losses.
+    """
     query, key, negatives, scale, bias = operands
     needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
     collectives = call.others.collectives
     losses, parts = [], []
     for i, (others, data) in enumerate(call.columns):
-        rows, own, explicit = (query, key, negatives) if i == 0 else (key, query, None)
-        needs_rows, needs_own = (needs_query, needs_key) if i == 0 else (needs_key, needs_query)
+        queries, keys, explicit = (query, key, negatives) if i == 0 else (key, query, None)
+        needs_queries, needs_keys = (needs_query, needs_key) if i == 0 else (needs_key, needs_query)
         extra = others if explicit is None else torch.cat([others, explicit])
-        needed = (needs_rows, needs_own, needs_own or (needs_negatives and i == 0), needs_scale, needs_bias)
+        needed = (needs_queries, needs_keys, needs_keys or (needs_negatives and i == 0), needs_scale, needs_bias)
         weight = upstream / len(call.columns)
-        loss, g = _pairwise.sweep((rows, own, extra, scale, bias), data, call.options, needed, weight)
+        loss, g = _pairwise.sweep((queries, keys, extra, scale, bias), data, call.options, needed, weight)
         losses.append(loss)
         parts.append(g)
 
     first, back = parts[0], parts[1] if len(parts) > 1 else _pairwise.Gradients(None, None, None, None, None)
     of_query, of_key = _add_given(first.query, back.key), _add_given(first.key, back.query)
-    of_keys, of_negatives, of_queries = first.negatives, None, back.negatives
-    if of_keys is not None:
-        of_keys, of_negatives = of_keys.split((len(call.columns[0].others), 0 if negatives is None else len(negatives)))
-    if of_key is not None and of_keys is not None:
-        of_key = call.others.sum_at_owner(of_key, of_keys)
-    if of_query is not None and of_queries is not None:
-        of_query = call.others.sum_at_owner(of_query, of_queries)
+    others_keys, of_negatives, others_queries = first.negatives, None, back.negatives
+    if others_keys is not None:
+        others_keys, of_negatives = torch.split(
+            others_keys, [len(call.columns[0].others), 0 if negatives is None else len(negatives)]
+        )
+    if of_key is not None and others_keys is not None:
+        of_key = call.others.sum_at_owner(of_key, others_keys)
+    if of_query is not None and others_queries is not None:
+        of_query = call.others.sum_at_owner(of_query, others_queries)
     of_negatives = collectives.all_reduce(of_negatives) if needs_negatives and of_negatives is not None else None
     scalars = [_add_given(first.scale, back.scale), _add_given(first.bias, back.bias)]
     scalars = [None if g is None else collectives.all_reduce(g) for g in scalars]
@@ -313,18 +355,21 @@ def _sweep_directions(
 
 
 def _add_given(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Add up those of two gradients that are not None."""
     return a if b is None else b if a is None else a + b
 
 
 def _prepended(a: Tensor, b: Tensor | None) -> Tensor:
+    """Concatenate ``a`` and, if given, ``b`` in the dtype of ``a``."""
     return a if b is None else torch.cat([a, b.to(a.dtype)])
 
 
 def _dtypes(**tensors: Tensor) -> dict[str, str]:
+    """Describe the dtypes of named tensors, as values that ranks agree on."""
     return {f"the dtype of {name}": str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
 
 
 def _checksum(t: Tensor) -> int:
-    """The sum of the bits, as integers of the elements' size."""
+    """Sum the bits of a tensor, read as integers of its elements' size."""
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return int(t.detach().contiguous().view(size).sum(dtype=torch.int64))

@@ -36,15 +36,6 @@ TWICE = (
 _DIFFERENT = -1  # what a rank reports as its number of columns if its calls have several, and cannot be merged
 
 
-class ``ids[b, c]``.
-    """
-
-    ids: Tensor  # int32 [B, C]; -1: no class
-    dlogit: Tensor  # [B, C]: derivative of the example's loss in the score of the column's class
-    grad_loss: Tensor  # [B]: derivative of what backward() was called on in the example's loss
-    hidden: Tensor  # [B, D]
-
-
 class FusedLoss(torch.autograd.Function):
     """Run the operator sampled_loss; backward hands the pairs of its gradient to a fused step.
 

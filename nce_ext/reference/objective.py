@@ -1,4 +1,4 @@
-"""What is made of an example's corrected scores: each objective in the two forms that it has outside of C++.
+"""Objectives, which say what is made of an example's corrected scores, in the two forms that they have outside of C++.
 
 *Whole*: all columns of an example are at hand, and autograd differentiates (:meth:`Objective.losses`).
 
@@ -31,9 +31,9 @@ SMALLEST_REST = 2.0**-24  # what 1 - q is taken to be at least, of a target that
 
 
 class Objective(NamedTuple):
-    """What is made of an example's corrected scores z, beside the options that all objectives share.
+    """Kind and numbers of an objective, which makes a loss of an example's corrected scores z.
 
-    Operators take the five numbers splatted, in this order.
+    Options that all objectives share are not among them. Operators take the five numbers splatted, in this order.
     """
 
     kind: int = BINARY
@@ -56,7 +56,7 @@ class Objective(NamedTuple):
 
     @property
     def n_sums(self) -> int:
-        """Number of sums an example that :meth:`partial` gives."""
+        """Number of sums that :meth:`partial` gives for each example."""
         return _KINDS[self.kind].n_sums
 
     @property
@@ -168,7 +168,7 @@ class ReducedExamples(ABC):
 
 
 class BinaryExamples(ReducedExamples):
-    """Each column is told apart on its own: softplus(-z) of targets, softplus(z) of negatives."""
+    """Examples whose columns are classified one by one: softplus(-z) for targets, softplus(z) for negatives."""
 
     n_sums = 1
     has_maximum = False
@@ -206,7 +206,7 @@ class BinaryExamples(ReducedExamples):
 
 
 class AdversarialExamples(BinaryExamples):
-    """As binary, with negatives weighted by the softmax of their scores; the weights are not differentiated."""
+    """Binary examples whose negatives are weighted by the softmax of their scores; weights are not differentiated."""
 
     n_sums = 2
     has_maximum = True
@@ -236,13 +236,13 @@ class AdversarialExamples(BinaryExamples):
         return torch.sigmoid(z) * torch.exp(exponent) / self._total()[examples, None]
 
     def _total(self) -> Tensor:
-        """Sum of the weights before they are normalised, [B]; 1 where no negative counts."""
+        """Return the sum of the weights before they are normalised, [B]; 1 where no negative counts."""
         return torch.where(self.sums[:, 0] > 0, self.sums[:, 0], 1)
 
 
 @dataclass
 class SoftmaxExamples(ReducedExamples):
-    """Cross entropy of the labels and the softmax over an example's columns."""
+    """Examples whose loss is the cross entropy of the labels and the softmax over all columns."""
 
     n_sums = 3
 
@@ -320,7 +320,7 @@ _KINDS: dict[int, type[ReducedExamples]] = {
 
 
 def _column_losses(z: Tensor, live: Tensor, label: Tensor) -> Tensor:
-    """Binary cross entropy of each column, [B, T + k]; 0 where it is not live."""
+    """Compute the binary cross entropy of each column, [B, T + k]; 0 where it is not live."""
     column = -label * F.logsigmoid(z) - (1 - label) * F.logsigmoid(-z)
     return torch.where(live, column, 0)
 
@@ -331,7 +331,7 @@ def _weighted_sum(objective: Objective, column: Tensor, share: Tensor, n_targets
 
 
 def _masked_softmax(z: Tensor, live: Tensor) -> Tensor:
-    """Softmax over the live columns; 0 elsewhere, and everywhere where none is live."""
+    """Compute the softmax over the live columns; 0 elsewhere, and everywhere where none is live."""
     if not z.shape[1]:
         return z
     some = live.any(1, keepdim=True)
@@ -339,7 +339,7 @@ def _masked_softmax(z: Tensor, live: Tensor) -> Tensor:
 
 
 def _below_maximum(exponent: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum [B] over the columns that count, -inf without any; and how far each [B, n] is below it, 0 if masked."""
+    """Compute the maximum [B] over the columns that count, or -inf, and how far each [B, n] is below it, 0 if masked."""
     largest = exponent.new_full((len(exponent),), -torch.inf)
     if exponent.shape[1]:
         largest = torch.where(count > 0, exponent, -torch.inf).amax(1)
@@ -347,16 +347,16 @@ def _below_maximum(exponent: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tempered(objective: Objective, z: Tensor) -> Tensor:
-    """Scores times the temperature, finite."""
+    """Multiply scores by the temperature, clamped to finite numbers."""
     largest = torch.finfo(z.dtype).max
     return (objective.temperature * z).clamp(-largest, largest)
 
 
 def _log_rest(target_log_q: Tensor) -> Tensor:
-    """log(1 - q) of the target: a negative is drawn given that it is no target, from q / (1 - q_target)."""
+    """Compute log(1 - q) of the target: a negative that is no target is drawn from q / (1 - q_target)."""
     return (-torch.expm1(target_log_q)).clamp_min(SMALLEST_REST).log()
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z). F.softplus drops log1p(e^-z) above z = 20, which float64 still holds."""
+    """Compute log(1 + e^z). F.softplus drops log1p(e^-z) above z = 20, which float64 still holds."""
     return -F.logsigmoid(-z)

@@ -1,1 +1,1 @@
-"""A vocabulary spread over processes: each keeps the rows of some classes, and scores the examples of all."""
+"""Losses whose vocabulary is spread over ranks: each owns the rows of some classes, and scores the examples of all."""

@@ -1,4 +1,7 @@
-"""The examples of all processes, and of their columns those whose rows are here: what a step works on."""
+"""Gather the input of a sharded step: the examples of all ranks, and those of their columns whose rows are owned here.
+
+A column is a candidate of an example: a target or a negative. The rank that owns the row of its class scores it.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +16,51 @@ from nce_ext.distributed.collectives import Collectives
 from nce_ext.reference import Objective
 from nce_ext.reference.dtypes import compute_dtype
 
-_NO_TARGET, _BAD_EXAMPLE = -1, -2  # in the place of targets
+# What ranks send in the place of a target. Classes are 0 .. n_classes - 1.
+_NO_TARGET, _BAD_EXAMPLE = -1, -2
 
 
 class OwnedRows(NamedTuple):
-    """Those of the classes first .. last - 1."""
+    """Rows of the classes first .. last - 1, which this rank owns."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # [last - first, D]
+    bias: Tensor | None  # [last - first]
     first: int
     last: int
 
 
 class GatheredExamples(NamedTuple):
-    """All examples, and the columns that are here; classes are counted from the first one of this process."""
+    """Examples of all ranks in the order of ranks, B of them, with those of their columns that this rank owns.
+
+    Classes are numbered from the first one that it owns; -1 stands for none. All fields are tensors or None, so that
+    autograd saves them.
+    """
 
     hidden: Tensor  # [B, D]
-    weight: Tensor
+    weight: Tensor  # the owned rows
     bias: Tensor | None
-    log_z: Tensor | None  # [B]
-    bad: Tensor  # [B]: examples whose loss is NaN, without columns
-    positive: Tensor  # [B, T]
-    target: Tensor  # int32 [B, T]; -1: none, or not here
-    target_log_q: Tensor | None
-    ids: Tensor  # negatives that are here: int32 [B, n], -1: none; [n] of all examples if context.shared
-    log_q: Tensor | None  # of them
-    multiplicity: Tensor | None  # [n]: how often a column counts, if context.shared
+    log_z: Tensor | None  # [B]; a number has become part of the offset
+    bad: Tensor  # [B]: whether the loss is NaN; such an example has no columns
+    positive: Tensor  # [B, T]: whether there is a target, whoever owns its row
+    target: Tensor  # int32 [B, T]: owned targets
+    target_log_q: Tensor | None  # [B, T]
+    ids: Tensor  # owned negatives: int32 [B, n], or [n] if all examples share them
+    log_q: Tensor | None  # like ids
+    multiplicity: Tensor | None  # [n]: how often a shared negative counts; None: once
 
 
 class GatherContext(NamedTuple):
+    """Ranks and options of a step: all that it needs beside tensors."""
+
     collectives: Collectives
-    sizes: list[int]  # examples of each process
+    sizes: list[int]  # number of examples of each rank
     objective: Objective
-    shared: bool
-    offset: float
+    shared: bool  # whether all examples have the same negatives, with the same log q
+    offset: float  # subtracted from every score
     remove_hits: bool
     uniform_labels: bool
-    n_draws: int | None  # the loss is divided by it plus the number of targets
-    fused: bool
+    n_draws: int | None  # if given, an example's loss is divided by this plus the number of its targets
+    fused: bool  # whether compiled operators form the gradient of the rows
     gradient_layout: int
 
 
@@ -64,9 +74,13 @@ def gather_examples(
     *,
     one_log_q: bool,
 ) -> tuple[GatheredExamples, GatherContext]:
-    """From a call with this process's examples to all examples, of which process r has ``sizes[r]``.
+    """Gather the examples of all ranks, and find the columns whose rows this rank owns.
 
-    ``log_z``: a scalar that takes the place of the call's; ``one_log_q``: what is given is the same for all examples.
+    Args:
+        call: the loss's checked arguments, with this rank's examples.
+        sizes: number of examples of each rank.
+        log_z: a scalar that takes the place of the call's.
+        one_log_q: whether the negatives' log q, if given, is the same for all examples.
     """
 
     def of_all_ranks(values: Tensor) -> Tensor:
@@ -141,9 +155,10 @@ def gather_examples(
 
 
 def _mark_targets(call: Call, target_log_q: Tensor | None) -> Tensor:
-    """Targets with _NO_TARGET for those that are none, and _BAD_EXAMPLE for all of an example that has something bad.
+    """Replace targets: by _NO_TARGET where there is none, by _BAD_EXAMPLE in an example with an invalid id or log q.
 
-    On the CPU bad examples were refused before; on CUDA they are not looked for, and their loss is NaN.
+    On the CPU such an example has been refused before. On CUDA, where looking for one would wait for the device, its
+    loss becomes NaN.
     """
     target, ids, n_classes = call.operands.target, call.candidates.ids, call.candidates.noise.n_classes
     negative_log_q = call.correction.negative_log_q
@@ -161,19 +176,21 @@ def _mark_targets(call: Call, target_log_q: Tensor | None) -> Tensor:
 
 
 def _owned_columns(ids: Tensor, log_q: Tensor | None, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-    """Of ids [B, k] those in first .. last - 1, pushed to the left of each row: int32 [B, n], counted from first.
+    """Select of ids [B, k] those in first .. last - 1, and their log q.
 
-    n is the largest number that a row has, and -1 fills the others; on CUDA this waits for n.
+    Returns:
+        The selected ids, counted from first and moved to the left: int32 [B, n], filled with -1. n is the largest
+        number that an example has; on CUDA this waits for n. Their log q, [B, n], filled with 0.
     """
     here = (ids >= first) & (ids < last)
     per_example = here.sum(1)
     width = int(per_example.max()) if len(ids) else 0
-    row, column = here.nonzero(as_tuple=True)
-    place = torch.arange(len(row), device=ids.device) - (per_example.cumsum(0) - per_example)[row]
+    example, column = here.nonzero(as_tuple=True)
+    place = torch.arange(len(example), device=ids.device) - (per_example.cumsum(0) - per_example)[example]
     owned = torch.full((len(ids), width), -1, dtype=torch.int32, device=ids.device)
-    owned[row, place] = (ids[row, column] - first).int()
+    owned[example, place] = (ids[example, column] - first).int()
     if log_q is None:
         return owned, None
     owned_log_q = log_q.new_zeros(owned.shape)
-    owned_log_q[row, place] = log_q[row, column]
+    owned_log_q[example, place] = log_q[example, column]
     return owned, owned_log_q

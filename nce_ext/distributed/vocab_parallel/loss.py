@@ -1,4 +1,4 @@
-"""Vocabulary sharding: each process of a group keeps the rows of some classes, and its own batch of examples."""
+"""The loss module over a sharded vocabulary: each rank owns the rows of some classes, and has its own examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nce_ext.distributed.vocab_parallel.state import ShardedState
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss, bias_of_noise
 from nce_ext.noise import Noise
 
-_ROWS_OF_A_SEED = 1024  # rows that one seed initialises
+_ROWS_OF_A_SEED = 1024  # so many rows are initialised from one seed
 
 
 def shard(loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss, device_mesh: DeviceMesh) -> ShardedLoss:
@@ -105,9 +105,8 @@ class ShardedLoss(ShardedState):
             )  # fmt: skip
             self._copy_rows(loss_fn)
 
-    # Construction
-
     def _copy_options(self, loss_fn: _SampledLoss) -> None:
+        """Take over what the loss does, apart from its tables and its noise."""
         self.in_features, self.n_classes, self.num_negatives = (
             loss_fn.in_features, loss_fn.n_classes, loss_fn.num_negatives,
         )  # fmt: skip
@@ -116,6 +115,7 @@ class ShardedLoss(ShardedState):
         self.reduction = self._options["reduction"]
 
     def _copy_noise(self, noise: Noise) -> None:
+        """Take over the noise, on this rank's device of the mesh."""
         kind = self.device_mesh.device_type
         self.device = (
             torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
@@ -128,7 +128,7 @@ class ShardedLoss(ShardedState):
         self.noise = noise.to_empty(device=self.device) if noise.table.is_meta else noise.to(self.device)
 
     def _noise_in_brief(self) -> str:
-        """The noise in a few letters. A table is added up once, and again when it has changed."""
+        """Describe the noise, with a checksum of its table, which is computed anew only when the table has changed."""
         table = self.noise.table
         version = (table.data_ptr(), _private_torch.version(table))
         if self._checksum_of_table is None or self._checksum_of_table[0] != version:
@@ -137,6 +137,7 @@ class ShardedLoss(ShardedState):
 
     @torch.no_grad()
     def _copy_rows(self, loss_fn: _SampledLoss) -> None:
+        """Make this rank's parameters: its rows of the loss's tables, or initial ones if those have no memory."""
         self.first, self.last = self._classes_of(self.collectives.rank)
         rows, meta = slice(self.first, self.last), loss_fn.weight.is_meta
         weight = empty_table(self.last - self.first, self.in_features, self.device, loss_fn.weight.dtype)
@@ -160,13 +161,16 @@ class ShardedLoss(ShardedState):
             self.log_z = nn.Parameter(value, requires_grad=loss_fn.log_z.requires_grad)
 
     def _classes_of(self, rank: int) -> tuple[int, int]:
-        """As torch.chunk splits."""
+        """Return first and last of a rank's classes, split as torch.chunk splits."""
         per_rank = -(-self.n_classes // self.collectives.size)
         first = min(rank * per_rank, self.n_classes)
         return first, min(first + per_rank, self.n_classes)
 
     def _initialise_rows(self, weight: Tensor, bias: Tensor | None, *, subtracts_log_q: bool) -> None:
-        """As ``reset_parameters`` of the losses, for the rows that are here."""
+        """Initialise the owned rows as ``reset_parameters`` of the losses does.
+
+        The table of all ranks does not depend on their number.
+        """
         bound = 1 / math.sqrt(self.in_features)
         base = int(self.collectives.broadcast_seed()[0])
         generator = torch.Generator(self.device)
@@ -182,8 +186,6 @@ class ShardedLoss(ShardedState):
         else:
             bias.zero_()
 
-    # The loss
-
     def forward(
         self,
         hidden: Tensor,
@@ -196,7 +198,7 @@ class ShardedLoss(ShardedState):
         seed: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss of the examples of all ranks, of which ``hidden`` [..., D] and ``target`` are this one's.
+        """Compute the loss of the examples of all ranks, of which ``hidden`` [..., D] and ``target`` are this one's.
 
         Arguments are those of :func:`nce_ext.functional.nce_loss`, for this rank's examples, and with these additions:
 
@@ -229,7 +231,7 @@ class ShardedLoss(ShardedState):
             owned = OwnedRows(self.weight, self.bias, self.first, self.last)
             one_log_q = log_q is None or log_q[1].dim() == 1
             gathered, context = gather_examples(call, owned, self.collectives, sizes, scalar, one_log_q=one_log_q)
-            losses = VocabParallelLosses.apply(
+            losses: Tensor = VocabParallelLosses.apply(  # type: ignore[no-untyped-call]  # torch's is untyped
                 call.operands.hidden,
                 self.weight,
                 self.bias,
@@ -240,7 +242,8 @@ class ShardedLoss(ShardedState):
             return self._reduce(losses, call, sample_weight)
 
     def _prepare(self, hidden: Tensor, target: Tensor, seed: Tensor | None, **arguments: Any) -> Call:
-        # A table of all classes, for the checks alone: it has the memory of one row.
+        """Check this rank's arguments and flatten them."""
+        # The checks want a table of all classes: this one has the memory of one row.
         table = self.weight.detach().new_empty((1, self.in_features)).expand(self.n_classes, -1)
         return validate_and_flatten(
             hidden, table, target, self.noise, self.num_negatives, bias=None, seed=seed, generator=None,
@@ -257,7 +260,7 @@ class ShardedLoss(ShardedState):
         sample_weight: Tensor | None,
         seed: Tensor | None,
     ) -> dict[str, int | str | tuple[int, ...]]:
-        """What the ranks tell each other before any of them works."""
+        """Collect what must be the same on all ranks, by the names that a refusal gives it."""
         kind_of_log_z = repr(log_z)
         if isinstance(log_z, Tensor):
             kind_of_log_z = f"{_dtype_and_gradient(log_z)}, {'one per example' if log_z.dim() else 'one for all'}"
@@ -274,22 +277,21 @@ class ShardedLoss(ShardedState):
         }
 
     def _reduce(self, losses: Tensor, call: Call, sample_weight: Tensor | None) -> Tensor:
+        """Reduce the losses of this rank's examples to what ``forward`` returns."""
         weights = None if sample_weight is None else sample_weight.reshape(-1).to(losses.dtype)
         if self.reduction == "none":
             return (losses if weights is None else losses * weights).reshape(call.layout.batch_shape)
         weights = torch.ones_like(losses) if weights is None else weights
         total = (losses * weights).sum()
         if self.reduction == "sum":
-            return _SumOverRanks.apply(total, self.collectives)
+            return _sum_over_ranks(total, self.collectives)
         counted = torch.where((call.operands.target != call.labels.ignore_index).any(1), weights, 0).sum()
-        total, counted = _SumOverRanks.apply(torch.stack([total, counted]), self.collectives).unbind()
+        total, counted = _sum_over_ranks(torch.stack([total, counted]), self.collectives).unbind()
         return total / torch.where(counted == 0, 1, counted)
-
-    # Evaluation
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all classes for this rank's ``hidden``, [..., V], without a gradient.
+        """Compute the scores of all classes for this rank's ``hidden``, [..., V], without a gradient.
 
         For evaluation: every rank scores the examples of all, O(B V) numbers, which are sent.
         """
@@ -306,11 +308,11 @@ class ShardedLoss(ShardedState):
             return scores[begin : begin + len(rows)].reshape(*hidden.shape[:-1], self.n_classes)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        """``log_softmax(logits(hidden), -1)``, [..., V], without a gradient."""
+        """Compute ``log_softmax(logits(hidden), -1)``, [..., V], without a gradient."""
         return F.log_softmax(self.logits(hidden), -1)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """The most probable class of each example: ``logits(hidden).argmax(-1)``, [...]."""
+        """Return the most probable class of each example: ``logits(hidden).argmax(-1)``, [...]."""
         return self.logits(hidden).argmax(-1)
 
     def extra_repr(self) -> str:
@@ -320,45 +322,55 @@ class ShardedLoss(ShardedState):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks. What comes from above is the same on all of them, and is the gradient of each summand."""
+    """Sum over ranks of a value that each of them has; the same on all, as is the gradient that backward is given."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, collectives: Collectives) -> Tensor:
+    def forward(ctx: Any, value: Tensor, collectives: Collectives) -> Tensor:
         total = collectives.all_reduce(value)
         return total.clone() if total is value else total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
+def _sum_over_ranks(value: Tensor, collectives: Collectives) -> Tensor:
+    """Sum a value over the ranks, differentiably."""
+    total: Tensor = _SumOverRanks.apply(value, collectives)  # type: ignore[no-untyped-call]
+    return total
+
+
 def _log_z_in_brief(log_z: float | Tensor) -> str:
+    """Describe a loss's log_z, to be compared between ranks."""
     if not isinstance(log_z, Tensor):
         return repr(log_z)
     return "learned" if log_z.is_meta else f"learned, {log_z.item()!r} at first"
 
 
 def _checksum(table: Tensor) -> int:
-    """Of a noise's table, and of the order of its rows; a part at a time."""
+    """Compute a checksum of a noise's table that depends on the order of its rows; a part at a time."""
     total, part = table.new_zeros((), dtype=torch.int64), 2**20
     for begin in range(0, len(table), part):
         rows = table[begin : begin + part].long()
-        total += (rows.sum(1) * torch.arange(begin + 1, begin + len(rows) + 1, device=table.device)).sum()  # mod 2^64
+        total += (
+            rows.sum(1) * torch.arange(begin + 1, begin + len(rows) + 1, device=table.device)
+        ).sum()  # modulo 2^64
     return int(total)
 
 
 def _zero_seed(device: torch.device) -> Tensor:
-    """For the checks, before the ranks have agreed on one."""
+    """Make a seed for checking the arguments, before the ranks have agreed on the real one."""
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
 def _dtype_and_gradient(tensor: Tensor) -> str:
+    """Describe a tensor's dtype, and whether it takes part in autograd."""
     has_gradient = torch.is_grad_enabled() and tensor.requires_grad
     return f"{str(tensor.dtype).removeprefix('torch.')} {'with' if has_gradient else 'without'} a gradient"
 
 
 def _values_in_brief(values: Tensor | None) -> str:
-    """Whether values are given, and of what all examples share, the values in brief."""
+    """Describe an optional argument: whether it is given, and the checksum of what all examples share, [k]."""
     if values is None or values.dim() != 1:
         return "none" if values is None else "some for each example"
     whole = values.detach().double() if values.is_floating_point() else values.long()

@@ -1,14 +1,14 @@
-"""Scores, loss and gradients of examples whose columns are spread over processes: what each does with its own rows.
+"""Compute losses and gradients of examples whose columns are spread over ranks.
 
-Every process has all examples and the rows of some classes. It scores the targets and negatives that are among them,
-chunk by chunk, and adds the scores up to a few numbers an example, which are all that is reduced. Backward scores once
-more, since the rows must be read again for hidden's gradient: nothing of an example's columns is kept but their ids.
+Every rank has all examples and owns the rows of some classes. It scores the targets and negatives among these classes,
+chunk by chunk, and adds the scores up to a few numbers an example, which are all that the ranks reduce. Backward scores
+once more, since it must read the rows again for hidden's gradient: of an example's columns only their ids are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +23,22 @@ from nce_ext.reference.objective import ReducedExamples
 
 
 class VocabParallelLosses(torch.autograd.Function):
-    """Losses [B_r] of this process's examples, of their ``hidden`` [B_r, D] and ``log_z``: None, [B_r], or a scalar.
+    """Losses [B_r] of this rank's examples.
 
-    ``weight`` and ``bias`` are this process's rows, whose gradient is complete: it is of the examples of all processes.
+    Differentiable in their ``hidden`` [B_r, D], in ``log_z`` (None, [B_r], or a scalar), and in ``weight`` and
+    ``bias``, the rows that this rank owns. The gradient of those is complete: examples of all ranks contribute to it.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, log_z, gathered: GatheredExamples, context: GatherContext) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        log_z: Tensor | None,
+        gathered: GatheredExamples,
+        context: GatherContext,
+    ) -> Tensor:
         ctx.hidden_dtype, ctx.context = hidden.dtype, context
         ctx.log_z_like = None if log_z is None else (log_z.dim(), log_z.dtype)
         with _without_autocast(hidden):
@@ -40,7 +49,7 @@ class VocabParallelLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_losses):
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         saved, context = ctx.saved_tensors, ctx.context
         n_fields = len(GatheredExamples._fields)
         gathered, totals = GatheredExamples(*saved[:n_fields]), saved[n_fields:]
@@ -68,33 +77,36 @@ class VocabParallelLosses(torch.autograd.Function):
 
 
 class _ScoredPairs:
-    """Rows of ids [b, n] (-1: none) beside the hidden vectors x [b, D] of their examples."""
+    """Pairs of an example and a class that it has for itself: b examples with n ids each, whose rows are gathered.
+
+    An id of -1 stands for no pair; only the others cost anything.
+    """
 
     def __init__(self, gathered: GatheredExamples, ids: Tensor, x: Tensor) -> None:
         self.shape = ids.shape
         flat = ids.reshape(-1)
-        self.at = (flat >= 0).nonzero()[:, 0]
+        self.at = (flat >= 0).nonzero()[:, 0]  # places of the pairs in [b n]
         self.example = self.at // max(ids.shape[1], 1)
         self.classes = flat[self.at]
         self.rows = gathered.weight.index_select(0, self.classes).to(x.dtype)
         self.bias = gathered.bias
 
     def scores(self, x: Tensor) -> Tensor:
-        """<x, row> + bias, 0 where there is none."""
+        """Compute <x, row> + bias, [b, n], with 0 for no pair; ``x`` [b, D] are the hidden vectors."""
         scores = x.index_select(0, self.example).mul_(self.rows).sum(1)
         if self.bias is not None:
             scores += self.bias.index_select(0, self.classes)
         return x.new_zeros(self.shape.numel()).index_put_((self.at,), scores).view(self.shape)
 
     def hidden_gradient(self, derivative: Tensor) -> Tensor:
-        """sum_n derivative[:, n] row, [b, D]. The rows are used up."""
+        """Sum derivative * row over each example's pairs, [b, D]. Overwrites the rows, to save their copy."""
         self.rows.mul_(derivative.reshape(-1)[self.at, None])
         gradient = self.rows.new_zeros((self.shape[0], self.rows.shape[1]))
         return gradient.index_add_(0, self.example, self.rows)
 
 
 class _NegativeColumns:
-    """Rows that are negatives of every example, as the columns of a matrix product."""
+    """Negatives that all examples share, whose scores are a product of matrices."""
 
     def __init__(self, gathered: GatheredExamples) -> None:
         compute = compute_dtype(gathered.weight.dtype)
@@ -105,34 +117,37 @@ class _NegativeColumns:
         self.compute = compute
 
     def scores(self, x: Tensor) -> Tensor:
+        """Compute x rows^T + bias, [b, n]."""
         scores = self.product(x, self.rows)
         return scores if self.bias is None else scores + self.bias
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a b^T."""
+        """Multiply a b^T."""
         if not (a.numel() and b.numel()):
             return torch.zeros((len(a), len(b)), dtype=self.compute, device=a.device)
         return product_in(self.compute, a.to(self.product_dtype), b.to(self.product_dtype))
 
 
 class _ScoredChunk(NamedTuple):
+    """Some examples, b of the B, with the scores of their owned columns."""
+
     examples: slice
-    x: Tensor  # [b, D]
+    x: Tensor  # hidden vectors, [b, D]
     targets: _ScoredPairs
-    target_z: Tensor  # [b, T], 0 where the target is not here
+    target_z: Tensor  # [b, T], 0 where the target is not owned
     negatives: _ScoredPairs | _NegativeColumns
     z: Tensor  # [b, n]
     counts: Tensor  # [b, n]: how often a column counts, 0 where it is masked
 
 
 def _chunks(gathered: GatheredExamples, context: GatherContext) -> Iterator[_ScoredChunk]:
-    """Examples of a few MiB of gathered rows, or of shared scores, at a time, with the scores of their columns here."""
+    """Score the examples, as many at a time as have a few MiB of gathered rows, or of scores of shared negatives."""
     compute = compute_dtype(gathered.weight.dtype)
     batch, dim = gathered.hidden.shape
     shared = _NegativeColumns(gathered) if context.shared else None
-    a_pair = 1 if shared else dim
-    an_example = (gathered.ids.shape[-1] * a_pair + gathered.target.shape[1] * dim) * compute.itemsize
-    size = max(1, CHUNK_BYTES[gathered.hidden.device.type] // an_example)
+    numbers_a_column = 1 if shared else dim
+    bytes_an_example = (gathered.ids.shape[-1] * numbers_a_column + gathered.target.shape[1] * dim) * compute.itemsize
+    size = max(1, CHUNK_BYTES[gathered.hidden.device.type] // bytes_an_example)
     largest = torch.finfo(compute).max  # a score that overflowed would turn 0 * softplus into NaN
     for begin in range(0, batch, size):
         examples = slice(begin, min(begin + size, batch))
@@ -164,7 +179,11 @@ def _chunks(gathered: GatheredExamples, context: GatherContext) -> Iterator[_Sco
 
 
 def _reduce(gathered: GatheredExamples, context: GatherContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Over all processes: the scores of the targets [B, T], and of the negatives the maximum [B] and sums [B, .]."""
+    """Score the owned columns and reduce over the ranks.
+
+    Returns:
+        Scores of the targets [B, T]; maximum [B] and sums [B, n_sums] of the negatives.
+    """
     batch, n_targets = gathered.target.shape
     objective, compute = context.objective, compute_dtype(gathered.weight.dtype)
     largest = torch.zeros(batch, dtype=compute, device=gathered.hidden.device)
@@ -184,6 +203,7 @@ def _reduce(gathered: GatheredExamples, context: GatherContext) -> tuple[Tensor,
 def _reduced_examples(
     gathered: GatheredExamples, context: GatherContext, target_z: Tensor, largest: Tensor, sums: Tensor
 ) -> ReducedExamples:
+    """Construct the examples from what :func:`_reduce` returned, for their losses and derivatives."""
     n_positive = gathered.positive.sum(1, keepdim=True).clamp_min(1).to(sums.dtype)
     label = 1 / n_positive if context.uniform_labels else torch.ones_like(n_positive)
     return context.objective.reduced_examples(
@@ -193,22 +213,26 @@ def _reduced_examples(
 
 
 class _GradientSums:
-    """What the columns that are here add to the gradients, summed over chunks of examples."""
+    """Sums, over chunks of examples, of what the owned columns contribute to the gradients."""
 
     def __init__(self, gathered: GatheredExamples, needs_hidden: bool, needs_rows: bool, *, shared: bool) -> None:
         self.gathered, self.shared, self.needs_hidden, self.needs_rows = gathered, shared, needs_hidden, needs_rows
         batch, dim = gathered.hidden.shape
         n_targets, n = gathered.target.shape[1], gathered.ids.shape[-1]
         compute = compute_dtype(gathered.weight.dtype)
-        zeros = lambda *shape: torch.zeros(shape, dtype=compute, device=gathered.hidden.device)  # noqa: E731
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=compute, device=gathered.hidden.device)
+
         self.hidden = zeros(batch if needs_hidden else 0, dim)
-        self.shift = zeros(batch)  # of what is added to all scores of an example
+        self.shift = zeros(batch)  # derivative by what is added to all scores of an example
+        # Derivative by the score of each pair of an example and a class of its own.
         self.pairs = zeros(batch if needs_rows else 0, n_targets if shared else n_targets + n)
-        self.columns = zeros(n if shared and needs_rows else 0, dim)
-        self.column_sums = zeros(len(self.columns))
+        self.columns = zeros(n if shared and needs_rows else 0, dim)  # gradient of the shared negatives' rows
+        self.column_sums = zeros(len(self.columns))  # and of their biases
 
     def add(self, chunk: _ScoredChunk, of_targets: Tensor, of_negatives: Tensor) -> None:
-        """From the derivatives in the scores [b, T] and [b, n]."""
+        """Add a chunk, from the derivatives by the scores of its targets [b, T] and negatives [b, n]."""
         examples, negatives = chunk.examples, chunk.negatives
         of_targets = torch.where(self.gathered.target[examples] >= 0, of_targets, 0)
         self.shift[examples] = of_targets.sum(1) + of_negatives.sum(1)
@@ -228,7 +252,7 @@ class _GradientSums:
             self.column_sums += of_negatives.sum(0)
 
     def of_rows(self, context: GatherContext, with_rows: bool, with_bias: bool) -> tuple[Tensor | None, Tensor | None]:
-        """weight's and bias's gradient, where they are wanted."""
+        """Form the gradients of weight and bias, in the layout that the loss asks for; None where not wanted."""
         gathered, layout = self.gathered, context.gradient_layout
         weight, hidden, n_classes = gathered.weight, gathered.hidden, gathered.weight.shape[0]
         ids = gathered.target if self.shared else torch.cat([gathered.target, gathered.ids], 1)
@@ -258,7 +282,19 @@ def _eager_row_grad(
     pairs: GradientPairs, classes: Tensor, rows: Tensor, elements: Tensor, n_classes: int, dtype: torch.dtype, *,
     dense: bool,
 ) -> RowGradient:  # fmt: skip
-    """What row_grad does with ids [B, C] (-1: none), with the gradient of more ``classes`` added; ``rows`` [n, D]."""
+    """Form the gradient of the rows in plain PyTorch, as the operators row_grad and row_grad_dense do.
+
+    Args:
+        ids: of pairs, [B, C]; -1 for no pair.
+        derivative: by their scores, [B, C].
+        classes: of more rows that have a gradient, [n].
+        rows, elements: the gradients of these, [n, D], and of their biases, [n].
+        hidden: [B, D].
+
+    Returns:
+        Classes, each once and ascending, with the gradients of their rows and biases. If ``dense``, gradients of all
+        classes; the first of the three then means nothing.
+    """
     ids, derivative, _, hidden = pairs
     flat = ids.reshape(-1)
     at = (flat >= 0).nonzero()[:, 0]
@@ -270,17 +306,19 @@ def _eager_row_grad(
     sums = derivative.new_zeros((n_classes if dense else len(found), hidden.shape[1]))
     totals = sums.new_zeros(len(sums)).index_add_(0, place, torch.cat([factors, elements]))
     size = max(1, CHUNK_BYTES[hidden.device.type] // (hidden.shape[1] * sums.element_size()))
-    for part, where, factor in zip(example.split(size), place[: len(at)].split(size), factors.split(size), strict=True):
+    parts = (torch.split(whole, size) for whole in (example, place[: len(at)], factors))
+    for part, where, factor in zip(*parts, strict=True):
         sums.index_add_(0, where, hidden.index_select(0, part).to(sums.dtype) * factor[:, None])
     sums.index_add_(0, place[len(at) :], rows)
     return RowGradient(found, sums.to(dtype), totals.to(dtype))
 
 
 def _own_examples(values: Tensor, context: GatherContext) -> Tensor:
-    """This process's examples of those of all."""
+    """Select this rank's examples from those of all ranks."""
     before = sum(context.sizes[: context.collectives.rank])
     return values[before : before + context.sizes[context.collectives.rank]]
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Keep products in the precision that the loss has chosen, whatever autocast surrounds it."""
     return torch.autocast(tensor.device.type, enabled=False)

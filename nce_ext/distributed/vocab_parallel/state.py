@@ -1,4 +1,4 @@
-"""A sharded table in checkpoints: what each process keeps of it, as its part of one tensor."""
+"""Sharded tables in checkpoints: what each rank keeps of a table is presented as its part of one tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 
 class ShardedState(nn.Module):
-    """A module whose ``weight`` and ``bias`` are the rows ``first .. last - 1`` of tables of ``n_classes`` rows.
+    """Module whose ``weight`` and ``bias`` are the rows ``first .. last - 1`` of tables of ``n_classes`` rows.
 
     ``state_dict`` presents them as DTensors of the tables, and ``load_state_dict`` takes such, or whole tensors.
     """
@@ -26,7 +26,7 @@ class ShardedState(nn.Module):
     bias: nn.Parameter | None
 
     def as_dtensor(self, rows: Tensor) -> DTensor:
-        """The tensor of all classes, [V, ...], of which ``rows`` [last - first, ...] are this rank's; no copy."""
+        """Present ``rows`` [last - first, ...] as this rank's part of a tensor of all classes, [V, ...]; no copy."""
         if rows.dim() < 1 or len(rows) != self.last - self.first:
             raise ValueError(f"rows must be [{self.last - self.first}, ...], got shape {list(rows.shape)}")
         shape = torch.Size([self.n_classes, *rows.shape[1:]])
@@ -56,6 +56,7 @@ class ShardedState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _own_rows(self, table: Tensor) -> Tensor:
+        """Select this rank's rows of a tensor of all classes."""
         if isinstance(table, DTensor):
             if table.device_mesh == self.device_mesh and table.placements == (Shard(0),):
                 return table.to_local()
@@ -63,7 +64,7 @@ class ShardedState(nn.Module):
         return table[self.first : self.last]
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """What ``optimizer`` keeps for ``weight`` and ``bias``, by their names, to be saved and loaded in checkpoints.
+        """Return what ``optimizer`` keeps for ``weight`` and ``bias``, by their names, for checkpoints.
 
         What has one entry a class is a DTensor of all classes, in the same memory; the rest is as it is. To continue
         with another number of ranks, let the new optimizer make its state by a step on no examples, and load into it::
@@ -94,5 +95,6 @@ class ShardedState(nn.Module):
         return [(name, p) for name, p in (("weight", self.weight), ("bias", self.bias)) if p is not None]
 
     def _as_checkpointed(self, parameter: Tensor, value: Any) -> Any:
+        """Present an optimizer's state as a DTensor if it has one entry a class, else as it is."""
         per_class = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(parameter)
         return self.as_dtensor(value) if per_class else value
