@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._checks import describe
-from nce_ext._ops import library as _library
+from nce_ext._ops import compute_dtype
 
 __all__ = ["DensityNCELoss"]
 
@@ -57,17 +57,15 @@ class DensityNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.noise_ratio = _checks.count("noise_ratio", noise_ratio, 1, 2**20)
-        _checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        _checks.reduction(reduction)
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype must be a floating-point type of at most 64 bits, got {dtype}")
         self.reduction = reduction
         self.log_z: float | Tensor
         if log_z == "learned":
             self.log_z = nn.Parameter(torch.zeros((), device=device, dtype=dtype or torch.float32))
-        elif _is_finite_number(log_z):
-            self.log_z = float(log_z)
         else:
-            raise ValueError(f"log_z must be a finite number or 'learned', got {log_z!r}")
+            self.log_z = float(_checks.number("log_z", log_z, wanted="a finite number or 'learned'"))
 
     def forward(
         self,
@@ -184,23 +182,18 @@ def _log_ratio(log_f: Tensor, log_q: Tensor, log_z: float | Tensor, compute: tor
 
 
 def _compute_dtype(*values: float | Tensor) -> torch.dtype:
-    double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in values)
-    return torch.float64 if double else torch.float32
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    dtypes = [compute_dtype(value.dtype) for value in values if isinstance(value, Tensor)]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
     """Types, then devices, then dtypes and layouts."""
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+        _checks.instance(name, value, Tensor, "a floating-point tensor")
     if isinstance(log_z, Tensor):
         named = {**named, "log_z": log_z}
-    elif not _is_finite_number(log_z):
-        raise ValueError(f"log_z must be a finite number or a tensor, got {log_z!r}")
+    else:
+        _checks.number("log_z", log_z, wanted="a finite number or a tensor")
     first = next(iter(named))
     device = named[first].device
     for name, value in named.items():
@@ -212,17 +205,8 @@ def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
 
 def _check_fixed_noise(**named: Tensor) -> None:
     for name, log_q in named.items():
-        if log_q.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient (the noise stays fixed while the model learns), "
-                "got a tensor that does; compute it under torch.no_grad() or use .detach()"
-            )
-    if torch.compiler.is_compiling():
-        return
+        why = "the noise stays fixed while the model learns"
+        _checks.without_gradient(name, log_q, why, "compute it under torch.no_grad() or use .detach()")
     for name, log_q in named.items():
-        if not (log_q.device.type == "cpu" or _library.debug_enabled()):
-            continue
-        bad = ~log_q.isfinite()
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite, got {log_q[tuple(where)].item()} at index {where}")
+        if _checks.values_are_checked(log_q.device):
+            _checks.finite(name, log_q)

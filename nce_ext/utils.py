@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
+from nce_ext import _checks, _ops
 from nce_ext._checks import describe
 from nce_ext._warnings import warn_user
 
@@ -73,9 +73,8 @@ def clip_grad_norm_(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``.
     """
     gradients = _gradients(parameters)
-    max_norm, norm_type = _at_least_zero("max_norm", max_norm), _number("norm_type", norm_type)
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be > 0, got {norm_type}")
+    max_norm = _checks.number("max_norm", max_norm, 0, infinite=True, convert=True)
+    norm_type = _checks.number("norm_type", norm_type, above=0, infinite=True, convert=True)
     gradients = _coalesced(gradients)
     total = torch.nn.utils.clip_grad_norm_(_stand_ins(gradients), max_norm, norm_type, error_if_nonfinite)
     _store(gradients)
@@ -98,7 +97,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
         ValueError: ``clip_value`` negative or NaN.
     """
     gradients = _gradients(parameters)
-    clip_value = _at_least_zero("clip_value", clip_value)
+    clip_value = _checks.number("clip_value", clip_value, 0, infinite=True, convert=True)
     if not gradients:  # an error in PyTorch
         return
     gradients = _coalesced(gradients)
@@ -136,8 +135,7 @@ def unscale_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
         ValueError, RuntimeError, AssertionError: as ``scaler.unscale_`` does, with all gradients as they were: float16
             gradients, a second call before ``scaler.update()``, nothing scaled yet.
     """
-    if not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {describe(scaler)}")
+    _checks.instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"optimizer must be an optimizer with param_groups, got {describe(optimizer)}")
     if not scaler.is_enabled():
@@ -223,17 +221,3 @@ def _store(gradients: _Gradients) -> None:
     for parameter, grad in gradients:
         if parameter.grad is not grad:
             parameter.grad = grad
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {describe(value)}") from None
-
-
-def _at_least_zero(name: str, value: object) -> float:
-    number = _number(name, value)
-    if not number >= 0:
-        raise ValueError(f"{name} must be >= 0, got {number}")
-    return number

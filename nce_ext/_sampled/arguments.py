@@ -123,7 +123,7 @@ def prepare(
     if weight.device != hidden.device:
         _check_host_weight(weight, bias, hidden.device, layout, fused)
     if seed is not None:
-        _checks.check_seed(seed, hidden.device)
+        _checks.seed(seed, hidden.device)
     elif negatives is None:
         seed = _ops.draw_seed(hidden.device, generator)
 

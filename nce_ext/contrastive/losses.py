@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
+from nce_ext._ops import compute_dtype
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import pairwise as _pairwise
 
 __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 class InfoNCELoss(nn.Module):
@@ -92,12 +91,11 @@ class InfoNCELoss(nn.Module):
         if learn_temperature and scale > self.max_scale * (1 + 1e-12):
             lowest = f"1 / max_scale = {1 / self.max_scale:g}"
             raise ValueError(f"temperature must be >= {lowest} with learn_temperature=True, got {temperature!r}")
-        if not _finite(debias) or not 0 <= debias < 1:
-            raise ValueError(f"debias must be a number in [0, 1), got {debias!r}")
-        _checks.one_of("reduction", reduction, _REDUCTIONS)
+        self.debias = float(_checks.number("debias", debias, 0, below=1, wanted="a number in [0, 1)"))
+        _checks.reduction(reduction)
         if symmetric and not in_batch:
             raise ValueError("in_batch must be True with symmetric=True: the other direction has no explicit negatives")
-        self.symmetric, self.normalize, self.debias = symmetric, normalize, float(debias)
+        self.symmetric, self.normalize = symmetric, normalize
         self.reduction, self.in_batch, self.max_logits = reduction, in_batch, _checks.count("max_logits", max_logits, 1)
         self._scale = scale
         self.logit_scale = _parameter(math.log(scale), device, dtype) if learn_temperature else None
@@ -274,12 +272,10 @@ class SigmoidContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._scale = _positive("logit_scale", logit_scale)
-        if not _finite(logit_bias):
-            raise ValueError(f"logit_bias must be a finite number, got {logit_bias!r}")
-        _checks.one_of("reduction", reduction, _REDUCTIONS)
+        self._bias = float(_checks.number("logit_bias", logit_bias, wanted="a finite number"))
+        _checks.reduction(reduction)
         self.normalize, self.reduction = normalize, reduction
         self.max_logits = _checks.count("max_logits", max_logits, 1)
-        self._bias = float(logit_bias)
         self.logit_scale = _parameter(math.log(self._scale), device, dtype) if learn else None
         self.logit_bias = _parameter(self._bias, device, dtype) if learn else None
 
@@ -355,7 +351,7 @@ def _prepared(
     normalize: bool, query: Tensor, key: Tensor, negatives: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """In the dtype of the arithmetic, so that autograd rounds gradients to the inputs' own; of length 1 if asked."""
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(query.dtype)
     vectors = [None if t is None else t.to(compute) for t in (query, key, negatives)]
     if normalize:
         vectors = [None if t is None else _unit_rows(t) for t in vectors]
@@ -370,11 +366,5 @@ def _unit_rows(x: Tensor) -> Tensor:
     return x / torch.where(largest > 0, length, 1)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _positive(name: str, value: object) -> float:
-    if not _finite(value) or value <= 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(_checks.number(name, value, above=0, wanted="a finite number > 0"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
+from nce_ext._ops import compute_dtype
 
 __all__ = ["CrossBatchMemory", "PaddedMemory", "Remembered"]
 
@@ -104,16 +105,17 @@ class CrossBatchMemory(nn.Module):
             TypeError: a wrong type, dtype or layout.
             ValueError: a wrong device or shape; ids or log q now but not in the first batch, or the other way round.
         """
-        _on_device("keys", keys, _checks.FLOATS, self.stored_keys)
+        device = self.stored_keys.device
+        _checks.tensor("keys", keys, _checks.FLOATS, device, "the memory")
         if keys.dim() != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys must be [B, {self.dim}], got shape {list(keys.shape)}")
         batch = keys.shape[0]
         for name, given, dtypes, stored in (
-            ("ids", ids, (torch.int64, torch.int32), self.stored_ids),
+            ("ids", ids, _checks.INTEGERS, self.stored_ids),
             ("log_q", log_q, _checks.FLOATS, self.stored_log_q),
         ):
             if given is not None:
-                _on_device(name, given, dtypes, self.stored_keys)
+                _checks.tensor(name, given, dtypes, device, "the memory")
                 if given.shape != (batch,):
                     raise ValueError(f"{name} must have shape [{batch}], got {list(given.shape)}")
             if self._started and (given is None) != (stored is None):
@@ -121,14 +123,14 @@ class CrossBatchMemory(nn.Module):
                 raise ValueError(f"{name} must be {wanted}, as in the first batch of this memory, got {got}")
         if not self._started:
             if ids is not None:
-                self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=self.stored_keys.device)
+                self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
             if log_q is not None:
-                wide = torch.promote_types(self.stored_keys.dtype, torch.float32)
-                self.stored_log_q = torch.zeros(self.size, dtype=wide, device=self.stored_keys.device)
+                wide = compute_dtype(self.stored_keys.dtype)
+                self.stored_log_q = torch.zeros(self.size, dtype=wide, device=device)
             self._started = True
 
         kept = min(batch, self.size)
-        slots = torch.arange(kept, device=self.stored_keys.device).add_(self.position).remainder_(self.size)
+        slots = torch.arange(kept, device=device).add_(self.position).remainder_(self.size)
         for stored, given in ((self.stored_keys, keys), (self.stored_ids, ids), (self.stored_log_q, log_q)):
             if stored is not None and given is not None:
                 stored.index_copy_(0, slots, given[batch - kept :].to(stored.dtype))
@@ -188,9 +190,3 @@ class CrossBatchMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._started = int(self.filled) > 0
         self._full = False
-
-
-def _on_device(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    if isinstance(value, Tensor) and value.device != like.device:
-        raise ValueError(f"{name} must be on the memory's device {like.device}, got {value.device}")
-    _checks.tensor(name, value, dtypes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._checks import describe
+from nce_ext._ops import compute_dtype
 from nce_ext.losses import SampledSoftmaxLoss
 from nce_ext.noise import Noise
 
@@ -139,7 +139,7 @@ def diagnose(
     weight, bias, noise = _parts(loss_fn)
     k = _checks.count("num_negatives", loss_fn.num_negatives, 1)
     _checks.operands(hidden, weight, bias)
-    _checks.tensor("target", target, (torch.int64, torch.int32), hidden.device)
+    _checks.tensor("target", target, _checks.INTEGERS, hidden.device)
     _checks.count("draws", draws, 2)
     _checks.count("seed", seed, -(2**63), 2**63 - 1)
     _checks.count("max_logits", max_logits, 1)
@@ -153,7 +153,7 @@ def diagnose(
     if (valid & ((classes < 0) | (classes >= len(weight)))).any():
         raise ValueError(f"target must be in 0 .. {len(weight) - 1} or ignore_index = {ignore}")
 
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight.dtype)
     seeds = [torch.tensor([seed, i], device=hidden.device) for i in range(draws)]
     used = valid.any(1)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -178,8 +178,7 @@ def diagnose(
 
 
 def _parts(loss_fn: object) -> tuple[Tensor, Tensor | None, Noise]:
-    if not isinstance(loss_fn, nn.Module):
-        raise TypeError(f"loss_fn must be a sampled loss module, got {describe(loss_fn)}")
+    loss_fn = _checks.instance("loss_fn", loss_fn, nn.Module, "a sampled loss module")
     parameters = dict(loss_fn.named_parameters(recurse=False, remove_duplicate=False))
     missing = [] if "weight" in parameters else ["weight"]
     missing += [name for name in ("bias", "noise", "num_negatives") if not hasattr(loss_fn, name)]

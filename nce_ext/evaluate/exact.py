@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nce_ext import _checks
+from nce_ext._ops import compute_dtype
+
 __all__ = ["OutputLayer", "nll", "perplexity", "topk"]
 
 
@@ -48,8 +51,7 @@ def nll(
         TypeError: a target that is not int64.
         ValueError: shapes that do not fit, another reduction, a target out of range.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
+    _checks.reduction(reduction)
     weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if target.dtype != torch.int64:
@@ -75,7 +77,7 @@ def nll(
 
 
 def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight.dtype)
     if compute == weight.dtype == hidden.dtype and hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(
             hidden, weight, target, linear_bias=bias, reduction="none", ignore_index=ignore_index

@@ -27,7 +27,7 @@ class Noise(nn.Module):
         self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.n_classes = _checks.check_n_classes(n_classes)
+        self.n_classes = _checks.n_classes(n_classes)
         # A law in closed form keeps an empty table, which remembers the device that .to() chose.
         entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
         self.register_buffer("table", entries.to(device), persistent=table is not None)
@@ -56,7 +56,7 @@ class Noise(nn.Module):
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
+        seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
         cols = sizes[-1] if sizes else 1
         rows = math.prod(sizes[:-1])
         if rows > 2**32 or cols > 2**32:
@@ -77,9 +77,8 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: ids that are not integers or are out of range; another dtype.
         """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        _checks.check_ids(ids, self.n_classes)
+        _checks.log_q_dtype(dtype)
+        _checks.class_ids(ids, self.n_classes)
         if dtype == torch.float64:
             return self._log_prob64(ids.long())
         return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
@@ -105,12 +104,9 @@ class Noise(nn.Module):
             TypeError, ValueError: k is no int or out of range; a seed as ``sample`` refuses it.
             RuntimeError: k ids were not found in max(2^22, 64 k) draws, since the rest are too improbable.
         """
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
-        if not 0 <= k <= self.n_classes:
-            raise ValueError(f"k must be in 0 .. {self.n_classes} = n_classes, got {k}")
+        _checks.count("k", k, 0, self.n_classes, wanted=f"in 0 .. {self.n_classes} = n_classes")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
+        seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
         return self._distinct(k, seed, max(16, 2 * k))
 
     def _distinct(self, k: int, seed: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -160,7 +156,7 @@ class Noise(nn.Module):
         # For its float64 log q a table would be read as a whole; its float32 one is correctly rounded.
         closed_form = dtype == torch.float32 and self.kind != reference.ALIAS
         log_q = self.log_prob(ids, dtype=torch.float64 if closed_form else dtype).double()
-        _checks.check_trials(trials, log_q.device)
+        _checks.trials(trials, log_q.device)
         missed = trials * log1mexp(log_q)
         return log1mexp(torch.where(torch.isnan(missed), 0, missed)).to(dtype)  # 0 draws of a certain class: 0 * -inf
 
@@ -183,10 +179,7 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: as ``log_inclusion``; k that is no int, or negative.
         """
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
-        if k < 0:
-            raise ValueError(f"k must be >= 0, got {k}")
+        _checks.count("k", k, 0)
         inclusion = self.log_inclusion(ids, trials, dtype=dtype)
         count = self.log_prob(ids, dtype=dtype) + (math.log(k) if k else -math.inf)
         if isinstance(trials, Tensor):
@@ -270,8 +263,8 @@ class Unigram(Table):
     """
 
     def __init__(self, counts: Any, power: float = 0.75, *, device: torch.device | str | None = None) -> None:
-        weights = _checks.check_counts(counts)
-        power = _checks.check_power(power)
+        weights = _checks.counts(counts)
+        power = _checks.power(power)
         super().__init__(len(weights), table_of(weights, power), device=device)
         self.power = power
 

@@ -52,7 +52,7 @@ class Mixture(Table):
                 raise ValueError(
                     f"noises must have the same n_classes, got {noises[0].n_classes} and {noise.n_classes} at index {i}"
                 )
-        numbers = _checks.check_counts(counts)
+        numbers = _checks.counts(counts)
         if len(numbers) != len(noises):
             raise ValueError(f"counts must have one entry for each of the {len(noises)} noises, got {len(numbers)}")
         if not (numbers > 0).all():

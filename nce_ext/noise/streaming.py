@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -75,13 +73,13 @@ class Streaming(Table):
         power: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
-        _checks.check_n_classes(n_classes)
+        _checks.n_classes(n_classes)
         if estimator not in ("counts", "interval"):
             raise ValueError(f"estimator must be 'counts' or 'interval', got {estimator!r}")
-        _check_number("half_life", half_life, "> 0", math.inf)
-        _check_number("rate", rate, "in (0, 1]", 1.0)
-        _check_number("prior", prior, "finite and > 0", torch.finfo(torch.float64).max)
-        _checks.check_power(power)
+        _checks.number("half_life", half_life, above=0, infinite=True)
+        _checks.number("rate", rate, above=0, high=1)
+        _checks.number("prior", prior, above=0)
+        _checks.power(power)
         super().__init__(n_classes, table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
         self.prior, self.power = float(prior), float(power)
@@ -103,8 +101,7 @@ class Streaming(Table):
         Raises:
             TypeError, ValueError: ids that are not integers, are on another device or out of range.
         """
-        _checks.check_ids(ids, self.n_classes, ignore_index)
-        self._check_device(ids)
+        _checks.class_ids(ids, self.n_classes, device=self.table.device, ignore_index=ignore_index)
         slots = self._slots(ids.flatten())
         self.step += 1
         values, total = self.values.view(torch.float64), self.total.view(torch.float64)
@@ -139,10 +136,8 @@ class Streaming(Table):
         Raises:
             TypeError, ValueError: ids as in ``update`` or out of range; another dtype.
         """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        _checks.check_ids(ids, self.n_classes)
-        self._check_device(ids)
+        _checks.log_q_dtype(dtype)
+        _checks.class_ids(ids, self.n_classes, device=self.table.device)
         slots = self._slots(ids)
         return torch.where(slots < self.n_classes, self._log_estimate(slots), torch.nan).to(dtype)
 
@@ -171,20 +166,9 @@ class Streaming(Table):
         ids = ids.long()
         return torch.where((ids >= 0) & (ids < self.n_classes), ids, self.n_classes)
 
-    def _check_device(self, ids: Tensor) -> None:
-        if ids.device != self.table.device:
-            raise ValueError(f"ids must be on the module's device {self.table.device}, got {ids.device}")
-
     def extra_repr(self) -> str:
         if self.estimator == "counts":
             option = f"half_life={self.half_life:g}, prior={self.prior:g}"
         else:
             option = f"rate={self.rate:g}"
         return f"n_classes={self.n_classes}, estimator={self.estimator!r}, {option}, power={self.power:g}"
-
-
-def _check_number(name: str, value: object, allowed: str, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    if not 0 < value <= high:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
