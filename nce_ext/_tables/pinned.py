@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -52,12 +52,14 @@ class PinnedTables(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What ``to()`` and its like do; of pinned tables only the dtype changes."""
+        apply: Callable[..., Any] = super()._apply
         if not self._pinned:
-            return super()._apply(fn, recurse)
+            apply(fn, recurse)
+            return self
         tables = {name: p for name in ("weight", "bias") if (p := self._parameters.get(name)) is not None}
         self._parameters.update(dict.fromkeys(tables))
         try:
-            super()._apply(fn, recurse)
+            apply(fn, recurse)
         finally:
             self._parameters.update(tables)
         for p in tables.values():

@@ -52,7 +52,9 @@ def check(query: object, key: object, negatives: object, data: Data, in_batch: b
         raise ValueError(f"{missing} must be given with {given}, as all columns are compared, got None")
 
 
-def check_data(name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
+def check_data(
+    name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> None:
     _checks.tensor(name, value, dtypes, query.device, "query")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} for query {list(query.shape)}, got {list(value.shape)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,7 +157,20 @@ class InfoNCELoss(nn.Module):
         return losses / max(query.shape[0], 1) if self.reduction == "mean" else losses
 
     @torch.no_grad()
-    def mutual_information_bound(self, query: Tensor, key: Tensor, **data: Any) -> Tensor:
+    def mutual_information_bound(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        log_q: Tensor | None = None,
+        negative_log_q: Tensor | None = None,
+        query_log_q: Tensor | None = None,
+        target: None = None,
+    ) -> Tensor:
         """A lower bound of the mutual information of query and key, in nats: the mean of log N_i - loss_i.
 
         N_i is the number of candidates of row i, its own key and the negatives that are not masked: B + K without
@@ -164,21 +178,20 @@ class InfoNCELoss(nn.Module):
         is a bound if the negatives are independent draws of the keys' own law; masking by ``ids`` and negatives of
         another law make it an estimate. ``log_q`` is part of the score. ``symmetric`` averages both directions.
 
-        Args: as :meth:`forward`, without ``target``. No gradient is taken.
+        Args: as :meth:`forward`; ``target`` must be None. No gradient is taken.
 
         Returns: a scalar; the bound of no rows is 0.
 
         Raises: as :meth:`forward`. ValueError: with ``target``, or ``debias`` > 0, whose losses bound nothing.
         """
-        if data.get("target") is not None:
+        if target is not None:
             raise ValueError("target must be None for the bound, which is of the own key, got soft labels")
         if self.debias:
             raise ValueError(f"debias must be 0 for the bound, got {self.debias:g}")
-        data = {**dict.fromkeys(("negatives", "query_log_q", *_pairwise.Data._fields)), **data}
-        negatives, query_log_q = data.pop("negatives"), data.pop("query_log_q")
+        data = _pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
         options = self._options(False)
         bounds = []
-        for direction in self._directions(query, key, negatives, _pairwise.Data(**data), query_log_q):
+        for direction in self._directions(query, key, negatives, data, query_log_q):
             count = _pairwise.negatives_of_each_row(*direction, options)
             bounds.append(count.log1p() - self._losses(*direction, False))
         return torch.stack(bounds).mean(0).sum() / max(query.shape[0], 1)
@@ -198,7 +211,7 @@ class InfoNCELoss(nn.Module):
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, total: bool
     ) -> Tensor:
         scale = _scale(self._scale, self.logit_scale, query, self.max_scale)
-        return _pairwise.Pairwise.apply(query, key, negatives, scale, None, *data, self._options(total))
+        return _pairwise.losses((query, key, negatives, scale, None), data, self._options(total))
 
     def _directions(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
@@ -309,7 +322,7 @@ class SigmoidContrastiveLoss(nn.Module):
         scale = _scale(self._scale, self.logit_scale, query, None)
         bias = query.new_full((), self._bias) if self.logit_bias is None else self.logit_bias.to(query.dtype)
         options = _pairwise.Options(True, True, 0.0, self.reduction != "none", torch.is_grad_enabled(), self.max_logits)
-        losses = _pairwise.Pairwise.apply(query, key, negatives, scale, bias, *data, options)
+        losses = _pairwise.losses((query, key, negatives, scale, bias), data, options)
         return losses / max(batch, 1) if self.reduction == "mean" else losses
 
     def extra_repr(self) -> str:
@@ -325,13 +338,13 @@ class _CappedExp(torch.autograd.Function):
     """min(exp(x), limit), with the gradient of exp but for that which would raise x above the limit."""
 
     @staticmethod
-    def forward(ctx, x, limit):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
         value = x.exp().clamp(max=limit)
         ctx.save_for_backward(value, x > math.log(limit))
         return value
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         value, above = ctx.saved_tensors
         return torch.where(above, upstream.clamp(min=0), upstream) * value, None
 
@@ -344,7 +357,8 @@ def _scale(fixed: float, log_scale: Tensor | None, like: Tensor, limit: float | 
     if log_scale is None:
         return like.new_full((), fixed)
     log_scale = log_scale.to(like.dtype)
-    return log_scale.exp() if limit is None else _CappedExp.apply(log_scale, limit)
+    capped_exp: Callable[..., Tensor] = _CappedExp.apply
+    return log_scale.exp() if limit is None else capped_exp(log_scale, limit)
 
 
 def _prepared(

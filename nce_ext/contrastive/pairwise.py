@@ -8,12 +8,16 @@ in place.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# query [B, D], key [B, D], negatives [K, D], scale and bias: what gradients are taken of.
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class Options(NamedTuple):
@@ -65,18 +69,20 @@ class Pairwise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, negatives, scale, bias, *rest):  # type: ignore[override]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
         data, options = Data(*rest[:-1]), rest[-1]
         ctx.options = options
         ctx.set_materialize_grads(False)
         operands = (query, key, negatives, scale, bias)
         needs = tuple(ctx.needs_input_grad[:5]) if options.learns and options.total else (False,) * 5
-        losses, gradients = sweep(operands, data, options, needs, None)
+        of_queries, gradients = sweep(operands, data, options, needs, None)
         ctx.save_for_backward(*(gradients if options.total else (*operands, *data)))
-        return losses.sum() if options.total else losses
+        return of_queries.sum() if options.total else of_queries
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
         nothing = (None,) * (len(Data._fields) + 1)
@@ -91,8 +97,14 @@ class Pairwise(torch.autograd.Function):
         return (*gradients, *nothing)
 
 
+def losses(operands: Operands, data: Data, options: Options) -> Tensor:
+    """The sum of all losses, or [B], as the options say."""
+    apply: Callable[..., Tensor] = Pairwise.apply
+    return apply(*operands, *data, options)
+
+
 def sweep(
-    operands: tuple, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
+    operands: Operands, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
 ) -> tuple[Tensor, Gradients]:
     """Losses [B], and the gradients in the operands that need one of sum(upstream * losses)."""
     query, key, negatives, scale, bias = operands
@@ -104,12 +116,12 @@ def sweep(
     # Columns whose rows get a gradient: a queue of past keys needs none, and may be most of them.
     lo = 0 if needs_key and options.in_batch else first_negative
     hi = columns.shape[0] if needs_negatives else first_negative
-    losses = []
+    of_chunks = []
     grad_query = torch.empty_like(query) if needs_query else None
     grad_key = torch.empty_like(key) if needs_key else None
     grad_columns = columns.new_zeros((hi - lo, columns.shape[1])) if hi > lo else None
     grad_scale = scale.new_zeros(()) if needs_scale else None
-    grad_bias = bias.new_zeros(()) if needs_bias else None
+    grad_bias = bias.new_zeros(()) if needs_bias and bias is not None else None
 
     enabled = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if enabled else nullcontext():
@@ -128,7 +140,7 @@ def sweep(
                 rows = _softmax(z, positive, scale, options.debias)
             else:
                 rows = _soft_labels(z, positive, start, data, options.in_batch)
-            losses.append(rows.loss)
+            of_chunks.append(rows.loss)
             if not any(needs):
                 del z
                 continue
@@ -153,13 +165,13 @@ def sweep(
                 scalar += (g * rows.extra).sum()
             del z  # so that two chunks are never held
 
-    result = torch.cat(losses) if losses else query.new_zeros((0,))
+    result = torch.cat(of_chunks) if of_chunks else query.new_zeros((0,))
     if broken is not None:
         result = torch.where(broken, math.nan, result)
     if grad_key is not None and grad_columns is not None and options.in_batch:
         grad_key += grad_columns[:batch]
     grad_negatives = None
-    if needs_negatives:
+    if needs_negatives and negatives is not None:
         grad_negatives = torch.zeros_like(negatives) if grad_columns is None else grad_columns[first_negative - lo :]
     return result, Gradients(grad_query, grad_key, grad_negatives, grad_scale, grad_bias)
 

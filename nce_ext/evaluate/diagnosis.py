@@ -221,7 +221,7 @@ class _Moments:
 
 def _square(values: Tensor) -> float:
     """The sum of squares, in float64, without a float64 copy of the whole."""
-    return sum(float(part.double().square().sum()) for part in values.flatten().split(2**20))
+    return sum((float(part.double().square().sum()) for part in torch.split(values.flatten(), 2**20)), 0.0)
 
 
 def _sampled(
@@ -311,7 +311,7 @@ def _negatives(loss_fn: nn.Module, noise: Noise, k: int, used: Tensor, seed: Ten
         log_count = partial(noise.log_expected_count_tf, k=k, trials=trials)
         return _Negatives(ids[None], log_count(ids[None]), log_count, k)
     if unique:
-        ids = noise.sample((1, k), seed=seed).unique()[None]
+        ids = torch.unique(noise.sample((1, k), seed=seed))[None]
         log_count = partial(noise.log_inclusion, trials=k)
         number = log_count(torch.arange(noise.n_classes, device=ids.device)).exp().sum(dtype=torch.float64)
         return _Negatives(ids, log_count(ids), log_count, float(number))

@@ -86,9 +86,11 @@ def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tens
     return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
 
 
-def perplexity(layer: OutputLayer, hidden: Tensor, target: Tensor, **options) -> Tensor:
-    """exp of the mean exact negative log-likelihood: ``nll(layer, hidden, target, **options).exp()``."""
-    return nll(layer, hidden, target, **{**options, "reduction": "mean"}).exp()
+def perplexity(
+    layer: OutputLayer, hidden: Tensor, target: Tensor, *, ignore_index: int = -100, max_logits: int = 2**24
+) -> Tensor:
+    """exp of the mean exact negative log-likelihood: ``nll(...).exp()``, whose arguments these are."""
+    return nll(layer, hidden, target, ignore_index=ignore_index, max_logits=max_logits).exp()
 
 
 @torch.no_grad()
@@ -136,4 +138,4 @@ def _check_hidden(weight: Tensor, hidden: Tensor) -> None:
 
 
 def _split(rows: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, max_logits // n_classes)) if len(rows) else (rows,)
+    return torch.split(rows, max(1, max_logits // n_classes)) if len(rows) else (rows,)
