@@ -105,13 +105,13 @@ class DensityNCELoss(nn.Module):
             "log_f_data": log_f_data, "log_q_data": log_q_data, "log_f_noise": log_f_noise, "log_q_noise": log_q_noise,
         }  # fmt: skip
         _check_tensors(named, log_z)
-        rows = self._check_shapes(log_f_data, log_q_data, log_f_noise, log_q_noise, log_z)
+        noise_shape = self._check_shapes(log_f_data, log_q_data, log_f_noise, log_q_noise, log_z)
         _check_fixed_noise(log_q_data=log_q_data, log_q_noise=log_q_noise)
 
         compute = _compute_dtype(*named.values(), log_z)
         per_datum = log_z[:, None] if isinstance(log_z, Tensor) and log_z.dim() else log_z
         z_data = self._logit(log_f_data, log_q_data, log_z, compute)
-        z_noise = self._logit(log_f_noise.reshape(rows), log_q_noise.reshape(rows), per_datum, compute)
+        z_noise = self._logit(log_f_noise.reshape(noise_shape), log_q_noise.reshape(noise_shape), per_datum, compute)
         # softplus(z) = -logsigmoid(-z); F.softplus drops log1p(e^-z) above z = 20, which float64 still holds.
         loss = -F.logsigmoid(z_data) - F.logsigmoid(-z_noise).sum(1)
         if self.reduction == "none":

@@ -192,7 +192,7 @@ class InfoNCELoss(nn.Module):
         options = self._options(False)
         bounds = []
         for direction in self._directions(query, key, negatives, data, query_log_q):
-            count = _pairwise.negatives_of_each_row(*direction, options)
+            count = _pairwise.count_negatives(*direction, options)
             bounds.append(count.log1p() - self._losses(*direction, False))
         return torch.stack(bounds).mean(0).sum() / max(query.shape[0], 1)
 
@@ -368,11 +368,11 @@ def _prepared(
     compute = compute_dtype(query.dtype)
     vectors = [None if t is None else t.to(compute) for t in (query, key, negatives)]
     if normalize:
-        vectors = [None if t is None else _unit_rows(t) for t in vectors]
+        vectors = [None if t is None else _unit_length(t) for t in vectors]
     return tuple(vectors)  # type: ignore[return-value]
 
 
-def _unit_rows(x: Tensor) -> Tensor:
+def _unit_length(x: Tensor) -> Tensor:
     """Rows of length 1; 0 for a row of zeros. Scaled first: squares of large or small elements leave the dtype."""
     largest = x.detach().abs().amax(1, keepdim=True)
     x = x / torch.where(largest > 0, largest, math.inf)

@@ -27,7 +27,7 @@ class Options(NamedTuple):
     in_batch: bool  # the other rows' keys are columns, before the explicit negatives
     debias: float
     total: bool  # the sum over rows instead of one loss a row
-    learns: bool
+    grad_enabled: bool
     max_logits: int
 
 
@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Rows(NamedTuple):
+class ChunkLosses(NamedTuple):
     """Of a chunk: the loss and its slopes. That in the logits is factor[:, None] * what is left in their place."""
 
     loss: Tensor
@@ -76,7 +76,7 @@ class Pairwise(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         operands = (query, key, negatives, scale, bias)
-        needs = tuple(ctx.needs_input_grad[:5]) if options.learns and options.total else (False,) * 5
+        needs = tuple(ctx.needs_input_grad[:5]) if options.grad_enabled and options.total else (False,) * 5
         of_queries, gradients = sweep(operands, data, options, needs, None)
         ctx.save_for_backward(*(gradients if options.total else (*operands, *data)))
         return of_queries.sum() if options.total else of_queries
@@ -111,12 +111,12 @@ def sweep(
     needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
     batch = query.shape[0]
     columns, first_negative = _columns(key, negatives, options.in_batch)
-    shift, row_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
+    shift, positive_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
 
     # Columns whose rows get a gradient: a queue of past keys needs none, and may be most of them.
     lo = 0 if needs_key and options.in_batch else first_negative
     hi = columns.shape[0] if needs_negatives else first_negative
-    of_chunks = []
+    losses_of_chunks = []
     grad_query = torch.empty_like(query) if needs_query else None
     grad_key = torch.empty_like(key) if needs_key else None
     grad_columns = columns.new_zeros((hi - lo, columns.shape[1])) if hi > lo else None
@@ -129,27 +129,27 @@ def sweep(
             q, k = query[start:stop], key[start:stop]
             scaled = q * scale
             positive = (scaled * k).sum(1)
-            if row_shift is not None:
-                positive = positive + row_shift[start:stop]
+            if positive_shift is not None:
+                positive = positive + positive_shift[start:stop]
             z = scaled @ columns.T if shift is None else torch.addmm(shift, scaled, columns.T)
             if options.sigmoid:
                 leave_out_(z, start, data, options.in_batch)
-                rows = _sigmoid(z, positive)
+                of_chunk = _sigmoid(z, positive)
             elif data.target is None:
                 leave_out_(z, start, data, options.in_batch)
-                rows = _softmax(z, positive, scale, options.debias)
+                of_chunk = _softmax(z, positive, scale, options.debias)
             else:
-                rows = _soft_labels(z, positive, start, data, options.in_batch)
-            of_chunks.append(rows.loss)
+                of_chunk = _soft_labels(z, positive, start, data, options.in_batch)
+            losses_of_chunks.append(of_chunk.loss)
             if not any(needs):
                 del z
                 continue
 
-            g = torch.ones_like(rows.loss) if upstream is None else upstream[start:stop]
+            g = torch.ones_like(of_chunk.loss) if upstream is None else upstream[start:stop]
             if broken is not None:
                 g = torch.where(broken, 0, g)
-            weight = g if rows.factor is None else g * rows.factor
-            of_positive = g * rows.positive
+            weight = g if of_chunk.factor is None else g * of_chunk.factor
+            of_positive = g * of_chunk.positive
             if needs_query or needs_scale:
                 slope = (z @ columns).mul_(weight[:, None]).addcmul_(of_positive[:, None], k)
                 if grad_scale is not None:
@@ -161,11 +161,11 @@ def sweep(
             if grad_columns is not None:
                 grad_columns.addmm_(z[:, lo:hi].T, scaled * weight[:, None])
             scalar = grad_bias if options.sigmoid else grad_scale
-            if rows.extra is not None and scalar is not None:
-                scalar += (g * rows.extra).sum()
+            if of_chunk.extra is not None and scalar is not None:
+                scalar += (g * of_chunk.extra).sum()
             del z  # so that two chunks are never held
 
-    result = torch.cat(of_chunks) if of_chunks else query.new_zeros((0,))
+    result = torch.cat(losses_of_chunks) if losses_of_chunks else query.new_zeros((0,))
     if broken is not None:
         result = torch.where(broken, math.nan, result)
     if grad_key is not None and grad_columns is not None and options.in_batch:
@@ -197,7 +197,7 @@ def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
         z[:, z.shape[1] - data.negative_mask.shape[0] :].masked_fill_(~data.negative_mask, -math.inf)
 
 
-def negatives_of_each_row(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
+def count_negatives(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
     """How many columns are negatives of the row, [B]."""
     columns = (key.shape[0] if options.in_batch else 0) + (0 if negatives is None else negatives.shape[0])
     counts = [query.new_zeros((0,))]
@@ -243,13 +243,13 @@ def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> t
     return z, (positive - largest).exp(), largest
 
 
-def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
+def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> ChunkLosses:
     """softplus(log(mass of the negatives) - positive): no cancellation however small the loss."""
     if not debias:
         e, p, largest = _shifted_exp_(z, positive)
         mass = e.sum(1)
         total = p + mass
-        return Rows(_softplus(mass.log() + (largest - positive)), total.reciprocal(), -mass / total, None)
+        return ChunkLosses(_softplus(mass.log() + (largest - positive)), total.reciprocal(), -mass / total, None)
 
     count = (z > -math.inf).sum(1, dtype=z.dtype)
     e, p, largest = _shifted_exp_(z, positive, torch.where(count > 0, -scale, -math.inf))
@@ -259,7 +259,7 @@ def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
     floored = estimate <= floor
     mass = torch.where(floored, floor, estimate)
     total = p + mass
-    return Rows(
+    return ChunkLosses(
         loss=_softplus(mass.log() + (largest - positive)),
         factor=torch.where(floored, 0, 1 / ((1 - debias) * total)),
         positive=-(torch.where(floored, 0, among / (1 - debias)) + mass) / total,
@@ -267,7 +267,7 @@ def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
     )
 
 
-def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> Rows:
+def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> ChunkLosses:
     """sum_j t_j (logsumexp(z) - z_j); NaN and slope 0 where the labels have no meaning."""
     assert data.target is not None
     labels = data.target[start : start + z.shape[0]].to(z.dtype, copy=True)
@@ -292,11 +292,11 @@ def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: 
     loss = loss + of_negatives * (total.log() + largest) - logits
     e.mul_(((of_positive + of_negatives) / total)[:, None]).sub_(labels)
     slope = (of_negatives * p - of_positive * mass) / total
-    return Rows(loss.masked_fill(bad, math.nan), None, slope, None)
+    return ChunkLosses(loss.masked_fill(bad, math.nan), None, slope, None)
 
 
-def _sigmoid(z: Tensor, positive: Tensor) -> Rows:
+def _sigmoid(z: Tensor, positive: Tensor) -> ChunkLosses:
     loss = _softplus(-positive) + _softplus(z).sum(1)
     slope = -torch.sigmoid(-positive)
     z.sigmoid_()
-    return Rows(loss, None, slope, z.sum(1) + slope)
+    return ChunkLosses(loss, None, slope, z.sum(1) + slope)

@@ -205,7 +205,7 @@ class GatheredLoss(nn.Module):
         """The other ranks' vectors and their data, for the same of this rank: as explicit negatives, before those."""
         vectors = others.of(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
         if self.loss_fn.normalize:
-            vectors = contrastive._unit_rows(vectors)
+            vectors = contrastive._unit_length(vectors)
         ids = None if own.ids is None else own.ids.long()
         log_q = None if own.log_q is None else own.log_q.to(vectors.dtype)
         # Without negative_ids there are fewer of these than columns, and no explicit negative is masked by its id.
@@ -251,7 +251,7 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx, query, key, negatives, scale, bias, call):  # type: ignore[override]
         ctx.set_materialize_grads(False)
         operands, total = (query, key, negatives, scale, bias), call.options.total
-        needs = tuple(ctx.needs_input_grad[:5]) if call.options.learns and total else (False,) * 5
+        needs = tuple(ctx.needs_input_grad[:5]) if call.options.grad_enabled and total else (False,) * 5
         losses, gradients = _swept(operands, call, needs, torch.ones_like(query[:, 0]))
         if not total:
             ctx.call = call

@@ -143,10 +143,13 @@ def diagnose(
     _checks.count("draws", draws, 2)
     _checks.count("seed", seed, -(2**63), 2**63 - 1)
     _checks.count("max_logits", max_logits, 1)
-    lead, ignore = hidden.shape[:-1], getattr(loss_fn, "ignore_index", -100)
-    if target.shape != lead and (target.dim() != hidden.dim() or target.shape[:-1] != lead):
-        raise ValueError(f"target must have shape {list(lead)} or {[*lead, 'T']}, got {list(target.shape)}")
-    n, classes = math.prod(lead), target.reshape(math.prod(lead), 1 if target.shape == lead else target.shape[-1])
+    batch_shape, ignore = hidden.shape[:-1], getattr(loss_fn, "ignore_index", -100)
+    if target.shape != batch_shape and (target.dim() != hidden.dim() or target.shape[:-1] != batch_shape):
+        raise ValueError(
+            f"target must have shape {list(batch_shape)} or {[*batch_shape, 'T']}, got {list(target.shape)}"
+        )
+    n, n_targets = math.prod(batch_shape), 1 if target.shape == batch_shape else target.shape[-1]
+    classes = target.reshape(n, n_targets)
     valid = classes != ignore
     if not valid.any():
         raise ValueError("target must have at least one class that is not ignored, got none")
@@ -167,7 +170,7 @@ def diagnose(
         exact_loss, log_z, hidden_error, weight_error = _exact(examples, weight, bias, of_hidden, of_weight, max_logits)
         sets = [_negatives(loss_fn, noise, k, used, s) for s in seeds]
         effective = sum(_effective_size(examples.hidden, weight, bias, s, max_logits) for s in sets) / draws
-        hits, expected = _hits(examples.classes, sets)
+        hits, expected = _accidental_hits(examples.classes, sets)
         offset = _offset(loss_fn, examples, sets) if isinstance(loss_fn, SampledSoftmaxLoss) else math.nan
     sampled_loss, std = float(losses.mean()), float(losses.std())
     return Diagnosis(
@@ -326,19 +329,19 @@ def _effective_size(
     shared, gathered = negatives.ids.shape[0] == 1, 1 if negatives.ids.shape[0] == 1 else hidden.shape[1]
     size, total = max(1, max_logits // (negatives.ids.shape[1] * gathered)), 0.0
     for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        x, ids, log_q = hidden[rows], negatives.ids, negatives.log_q
+        chunk = slice(start, start + size)
+        x, ids, log_q = hidden[chunk], negatives.ids, negatives.log_q
         if shared:
             scores = F.linear(x, weight[ids[0]].to(x.dtype))
         else:
-            ids, log_q = ids[rows], log_q[rows]
+            ids, log_q = ids[chunk], log_q[chunk]
             scores = torch.einsum("nd,nkd->nk", x, weight[ids].to(x.dtype))
         log_w = scores - log_q if bias is None else scores + bias[ids].to(x.dtype) - log_q
         total += float((2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp().sum(dtype=torch.float64))
     return total / len(hidden)
 
 
-def _hits(classes: Tensor, sets: list[_Negatives]) -> tuple[float, float]:
+def _accidental_hits(classes: Tensor, sets: list[_Negatives]) -> tuple[float, float]:
     """The share of negatives that equal a target of their example, and the share to expect."""
     earlier = torch.ones(classes.shape[1:] * 2, dtype=torch.bool, device=classes.device).tril(-1)
     different = (classes >= 0) & ~((classes[:, :, None] == classes[:, None, :]) & earlier).any(2)

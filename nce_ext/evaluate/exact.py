@@ -64,8 +64,8 @@ def nll(
         raise ValueError(f"target must be in 0 .. {weight.shape[0] - 1} or ignore_index = {ignore_index}")
     losses = torch.cat(
         [
-            _nll_chunk(weight, bias, rows, targets, ignore_index)
-            for rows, targets in zip(
+            _nll_chunk(weight, bias, vectors, targets, ignore_index)
+            for vectors, targets in zip(
                 *(_split(t, weight.shape[0], max_logits) for t in (hidden.reshape(-1, hidden.shape[-1]), flat_target)),
                 strict=True,
             )
@@ -116,8 +116,8 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1 .. {weight.shape[0]}, got {k}")
     best = [
-        F.linear(rows.to(weight.dtype), weight, bias).topk(k)
-        for rows in _split(hidden.reshape(-1, hidden.shape[-1]), weight.shape[0], max_logits)
+        F.linear(vectors.to(weight.dtype), weight, bias).topk(k)
+        for vectors in _split(hidden.reshape(-1, hidden.shape[-1]), weight.shape[0], max_logits)
     ]
     shape = (*hidden.shape[:-1], k)
     return torch.cat([values for values, _ in best]).reshape(shape), torch.cat([ids for _, ids in best]).reshape(shape)
@@ -137,5 +137,5 @@ def _check_hidden(weight: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"hidden must be [..., {weight.shape[1]}], got shape {list(hidden.shape)}")
 
 
-def _split(rows: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
-    return torch.split(rows, max(1, max_logits // n_classes)) if len(rows) else (rows,)
+def _split(examples: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
+    return torch.split(examples, max(1, max_logits // n_classes)) if len(examples) else (examples,)

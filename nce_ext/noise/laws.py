@@ -57,11 +57,10 @@ class Noise(nn.Module):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
         device = self.table.device
         seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
-        cols = sizes[-1] if sizes else 1
-        rows = math.prod(sizes[:-1])
-        if rows > 2**32 or cols > 2**32:
+        examples, slots = math.prod(sizes[:-1]), sizes[-1] if sizes else 1
+        if examples > 2**32 or slots > 2**32:
             raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
-        return _ops.sample(self.kind, self.n_classes, self.table, seed, rows, cols).view(sizes)
+        return _ops.sample(self.kind, self.n_classes, self.table, seed, examples, slots).view(sizes)
 
     def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Log-probability of drawing each id: of the law that ``sample`` realises, not of the one that was asked for.
@@ -265,7 +264,7 @@ class Unigram(Table):
     def __init__(self, counts: Any, power: float = 0.75, *, device: torch.device | str | None = None) -> None:
         weights = _checks.counts(counts)
         power = _checks.power(power)
-        super().__init__(len(weights), table_of(weights, power), device=device)
+        super().__init__(len(weights), alias_table_of(weights, power), device=device)
         self.power = power
 
     def extra_repr(self) -> str:
@@ -277,7 +276,7 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def table_of(counts: Tensor, power: float) -> Tensor:
+def alias_table_of(counts: Tensor, power: float) -> Tensor:
     """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
     return _ops.alias_table(*_unnormalised_law(counts, power))
 

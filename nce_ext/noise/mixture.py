@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Noise, Table, table_of
+from nce_ext.noise.laws import Noise, Table, alias_table_of
 
 
 class Mixture(Table):
@@ -64,7 +64,8 @@ class Mixture(Table):
             q = noise.probabilities().cpu()
             # What underflows keeps the smallest weight, as a class that is drawn must not lose its mass.
             law += torch.where(q > 0, (share * q).clamp_min_(torch.finfo(torch.float64).tiny), 0)
-        super().__init__(len(law), table_of(law, 1.0), device=noises[0].table.device if device is None else device)
+        device = noises[0].table.device if device is None else device
+        super().__init__(len(law), alias_table_of(law, 1.0), device=device)
         self.counts = numbers.tolist()
 
     def extra_repr(self) -> str:

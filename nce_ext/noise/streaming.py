@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Table, table_of
+from nce_ext.noise.laws import Table, alias_table_of
 
 
 class Streaming(Table):
@@ -80,7 +80,7 @@ class Streaming(Table):
         _checks.number("rate", rate, above=0, high=1)
         _checks.number("prior", prior, above=0)
         _checks.power(power)
-        super().__init__(n_classes, table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
+        super().__init__(n_classes, alias_table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
         self.prior, self.power = float(prior), float(power)
         # One entry more than classes, which takes what is ignored. Float64 numbers are kept as their bits.
@@ -102,21 +102,21 @@ class Streaming(Table):
             TypeError, ValueError: ids that are not integers, are on another device or out of range.
         """
         _checks.class_ids(ids, self.n_classes, device=self.table.device, ignore_index=ignore_index)
-        slots = self._slots(ids.flatten())
+        entries = self._entries(ids.flatten())
         self.step += 1
         values, total = self.values.view(torch.float64), self.total.view(torch.float64)
-        elapsed = self.step - self.last_step[slots]
+        elapsed = self.step - self.last_step[entries]
         # Repetitions of an id write the same value, so that no order of writing matters.
         if self.estimator == "counts":
-            values[slots] = values[slots] * self._decay(elapsed)
-            values.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float64))
+            values[entries] = values[entries] * self._decay(elapsed)
+            values.index_add_(0, entries, torch.ones_like(entries, dtype=torch.float64))
             total *= self._decay(torch.ones_like(self.step))
-            total += (slots < self.n_classes).sum()
+            total += (entries < self.n_classes).sum()
         else:
-            first = (self.last_step[slots] == 0).double()
+            first = (self.last_step[entries] == 0).double()
             rate = self.rate + (1 - self.rate) * first
-            values[slots] = (1 - rate) * values[slots] + rate * elapsed
-        self.last_step[slots] = self.step
+            values[entries] = (1 - rate) * values[entries] + rate * elapsed
+        self.last_step[entries] = self.step
 
     @torch.no_grad()
     def log_frequency(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,8 +138,8 @@ class Streaming(Table):
         """
         _checks.log_q_dtype(dtype)
         _checks.class_ids(ids, self.n_classes, device=self.table.device)
-        slots = self._slots(ids)
-        return torch.where(slots < self.n_classes, self._log_estimate(slots), torch.nan).to(dtype)
+        entries = self._entries(ids)
+        return torch.where(entries < self.n_classes, self._log_estimate(entries), torch.nan).to(dtype)
 
     @torch.no_grad()
     def rebuild(self) -> None:
@@ -149,12 +149,12 @@ class Streaming(Table):
         was never seen keeps a positive probability.
         """
         log_p = self._log_estimate(torch.arange(self.n_classes, device=self.table.device))
-        self.table.copy_(table_of(torch.exp(log_p).cpu(), self.power))
+        self.table.copy_(alias_table_of(torch.exp(log_p).cpu(), self.power))
 
-    def _log_estimate(self, slots: Tensor) -> Tensor:
-        values, elapsed = self.values.view(torch.float64)[slots], self.step - self.last_step[slots]
+    def _log_estimate(self, entries: Tensor) -> Tensor:
+        values, elapsed = self.values.view(torch.float64)[entries], self.step - self.last_step[entries]
         if self.estimator == "interval":
-            return -torch.log(torch.where(self.last_step[slots] == 0, (self.step + 1).double(), values))
+            return -torch.log(torch.where(self.last_step[entries] == 0, (self.step + 1).double(), values))
         share = values * self._decay(elapsed) + self.prior / self.n_classes
         return torch.log(share / (self.total.view(torch.float64) + self.prior)).clamp_max(0)
 
@@ -162,7 +162,7 @@ class Streaming(Table):
         """What is left of a count after so many batches."""
         return torch.exp2(elapsed.double() * (-1 / self.half_life))
 
-    def _slots(self, ids: Tensor) -> Tensor:
+    def _entries(self, ids: Tensor) -> Tensor:
         ids = ids.long()
         return torch.where((ids >= 0) & (ids < self.n_classes), ids, self.n_classes)
 
