@@ -1,4 +1,4 @@
-"""Refusals: every argument is checked before any work, in the order device, dtype, layout, rank, size, range.
+"""Checks of arguments, made before any work, in the order device, dtype, layout, rank, size, range.
 
 Each message names the argument, says what is allowed and what was got. A wrong type or dtype is a TypeError, anything
 else a ValueError. Checks of Python values come first, then those of tensors, of what losses take, and of what noise
@@ -27,32 +27,32 @@ T = TypeVar("T")
 
 
 def describe(value: object) -> str:
-    """Say in an error message what a refused value is: its type, and as much of it as is short."""
+    """Describe a refused value for an error message: its type, and the value itself if that is short."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
 def instance(name: str, value: object, cls: type[T], wanted: str) -> T:
-    """Refuse a value that is no ``cls``; ``wanted`` is what the message calls one."""
+    """Raise unless the value is an instance of ``cls``, which the message calls ``wanted``; return it."""
     if not isinstance(value, cls):
         raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
     return value
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones."""
+    """Raise unless the value is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def reduction(value: object) -> None:
-    """Refuse a reduction that the losses do not have."""
+    """Raise unless the value is one of the reductions that every loss has."""
     one_of("reduction", value, REDUCTIONS)
 
 
 def count(name: str, value: object, low: int, high: int | None = None, *, wanted: str | None = None) -> int:
-    """Refuse what is no int, or is outside low .. high; ``wanted`` replaces these bounds in the message."""
+    """Raise unless the value is an int in low .. high, and return it; ``wanted`` replaces the bounds in the message."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < low or (high is not None and value > high):
@@ -73,13 +73,13 @@ def number(
     convert: bool = False,
     wanted: str | None = None,
 ) -> float:
-    """Refuse what is no number, or is outside low <= value <= high and above < value < below.
+    """Raise unless the value is a number with low <= value <= high and above < value < below; return it.
 
     Args:
         infinite: whether infinity is allowed where the bounds allow it. NaN never is.
-        convert: whether to take all that ``float()`` takes, such as a tensor of one element.
-        wanted: what the message says is allowed, in place of the bounds. What is no number is then a ValueError too,
-            since the message speaks of both at once.
+        convert: whether to take everything that ``float()`` takes, such as a tensor of one element.
+        wanted: what the message says is allowed, in place of the bounds. A value of another type is then a ValueError
+            with this message, and not a TypeError.
     """
     value = _converted(value) if convert else value
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -101,7 +101,7 @@ def _converted(value: Any) -> object:
 
 
 def _bounds(low: float, high: float, above: float | None, below: float | None, infinite: bool) -> str:
-    """Say in words what the bounds of :func:`number` allow."""
+    """Put the bounds of :func:`number` into words for an error message."""
     lower, upper = low if above is None else above, high if below is None else below
     finite_and = "" if infinite else "finite and "
     if upper == math.inf:
@@ -117,10 +117,9 @@ def _bounds(low: float, high: float, above: float | None, below: float | None, i
 def tensor(
     name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None, of: str = "hidden"
 ) -> Tensor:
-    """Refuse what is no dense tensor of one of these dtypes on the device, if there is one, which is that ``of`` what.
+    """Raise unless the value is a dense tensor of one of these dtypes, and on the device if one is given; return it.
 
-    Returns:
-        The value itself.
+    ``of`` says in the message whose device that is.
     """
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if not isinstance(value, Tensor):
@@ -135,8 +134,8 @@ def tensor(
 
 
 def pinned(name: str, value: object, allowed: str) -> None:
-    """Refuse a tensor that is not in host memory that CUDA can read. While tracing, the operator checks that."""
-    if not isinstance(value, Tensor):  # which tensor() refuses
+    """Raise if a tensor is not in pinned host memory. While tracing, only its device is checked."""
+    if not isinstance(value, Tensor):  # tensor() raises for it
         return
     if value.device.type != "cpu":
         raise ValueError(f"{name} must be {allowed}, got {value.device}")
@@ -145,21 +144,21 @@ def pinned(name: str, value: object, allowed: str) -> None:
 
 
 def without_gradient(name: str, value: Tensor, why: str, advice: str) -> None:
-    """Refuse a tensor that requires a gradient; the message says why none is taken, and what to do."""
+    """Raise if a tensor requires a gradient; the message says why none is taken, and what to do."""
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient ({why}), got one that does; {advice}")
 
 
 def values_are_checked(device: torch.device) -> bool:
-    """Tell whether values of tensors are looked at: on the CPU always, on CUDA under set_debug(True).
+    """Tell whether the values of tensors on the device are checked: on the CPU always, on CUDA under set_debug(True).
 
-    On CUDA one would have to wait for them. While tracing there are none.
+    Elsewhere a check would have to wait for the device. While tracing there are no values.
     """
     return not torch.compiler.is_compiling() and (device.type == "cpu" or _library.debug_enabled())
 
 
 def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
-    """Refuse a tensor that holds NaN or infinity; ``where`` is False for elements that may."""
+    """Raise if a tensor holds NaN or infinity; ``where`` is False for elements that may be either."""
     bad = ~torch.isfinite(value)
     index = first_index(bad if where is None else bad & where)
     if index is not None:
@@ -175,7 +174,7 @@ def first_index(mask: Tensor) -> list[int] | None:
 
 
 class Law(Protocol):
-    """What the checks need of a noise distribution."""
+    """Noise distribution, as far as the checks need to know it."""
 
     n_classes: int
     table: Tensor
@@ -187,7 +186,7 @@ LawT = TypeVar("LawT", bound=Law)
 
 
 def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight: bool = False) -> None:
-    """Refuse hidden vectors and tables that do not fit each other.
+    """Raise unless hidden, weight and bias are tensors that fit each other.
 
     ``host_weight``: with hidden on CUDA, weight and bias may be in pinned host memory.
     """
@@ -223,10 +222,9 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight
 
 
 def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.device | None = None) -> LawT:
-    """Refuse what is no noise distribution (``cls``) over weight's classes, on its device or on the one given.
+    """Raise unless noise is a noise distribution over weight's classes, on the given device or on weight's; return it.
 
-    Returns:
-        The distribution itself.
+    ``cls`` is the class of noise distributions, which lies above this module.
     """
     noise = instance("noise", noise, cls, "an nce_ext.noise distribution")
     device = device or weight.device
@@ -238,7 +236,7 @@ def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.devic
 
 
 def batch_shaped(name: str, value: Tensor, batch_shape: torch.Size, extra: int | None) -> None:
-    """Refuse a tensor whose sizes are not those of the batch, followed by ``extra`` where that is given."""
+    """Raise unless a tensor has the shape of the batch, followed by the size ``extra`` if that is given."""
     wanted = list(batch_shape) if extra is None else [*batch_shape, extra]
     if list(value.shape) != wanted:
         raise ValueError(
@@ -254,9 +252,9 @@ def ids(
     subtract_log_q: bool,
     log_q: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Refuse ids out of range, and a log q that is not finite where one is subtracted.
+    """Raise if ids are out of range, or if a log q that is subtracted is not finite.
 
-    Nothing is checked where values are not looked at (:func:`values_are_checked`).
+    Where :func:`values_are_checked` is False, nothing is checked.
     """
     if not values_are_checked(target.device):
         return
@@ -285,12 +283,12 @@ def ids(
 
 
 def n_classes(value: object) -> int:
-    """Refuse what is no number of classes that ids and alias tables can hold."""
+    """Raise unless the value is a number of classes that the kernels can handle; return it."""
     return count("n_classes", value, 1, MAX_CLASSES, wanted="in 1 .. 2^31 - 1")
 
 
 def seed(value: object, device: torch.device) -> Tensor:
-    """Refuse what is no seed on the device; return it."""
+    """Raise unless the value is a seed, int64 [2], on the device; return it."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(value)}")
     if value.device != device:
@@ -303,10 +301,9 @@ def seed(value: object, device: torch.device) -> Tensor:
 def class_ids(
     value: object, n_classes: int, *, device: torch.device | None = None, ignore_index: int | None = None
 ) -> Tensor:
-    """Refuse what is no tensor of ids, on the module's device if that is given; out of range on the CPU alone.
+    """Raise unless the value is a tensor of class ids, on the device of the module if that is given; return it.
 
-    Returns:
-        The ids themselves.
+    The range is checked on the CPU only: on CUDA the check would have to wait for the device.
     """
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(value)}")
@@ -323,19 +320,19 @@ def class_ids(
 
 
 def log_q_dtype(value: object) -> None:
-    """Refuse a dtype in which no log-probability can be asked for."""
+    """Raise unless the value is a dtype of log-probabilities: float32 or float64."""
     if value not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {value}")
 
 
 def power(value: object) -> float:
-    """Refuse what is no exponent of counts; return it. True and False count as 1 and 0."""
+    """Raise unless the value is an exponent for counts; return it. True and False are taken as 1 and 0."""
     plain = int(value) if isinstance(value, bool) else value
     return float(number("power", plain, 0, wanted="a finite number >= 0"))
 
 
 def counts(value: Any) -> Tensor:
-    """Refuse what are no frequencies of classes; return them as a float64 tensor on the CPU."""
+    """Raise unless the value is a list of frequencies of classes; return it as a float64 tensor on the CPU."""
     try:
         # numpy reads Python numbers as float64; torch would make them float32.
         weights = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
@@ -358,7 +355,7 @@ def counts(value: Any) -> Tensor:
 
 
 def trials(value: int | Tensor, device: torch.device) -> None:
-    """Refuse what is no number of draws: an int, or an integer scalar tensor on the device."""
+    """Raise unless the value is a number of draws: an int, or an integer scalar tensor on the device."""
     integer = value.dtype in INTEGERS if isinstance(value, Tensor) else type(value) is not bool
     if not integer or not isinstance(value, (int, torch.SymInt, Tensor)):
         raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(value)}")

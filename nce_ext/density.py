@@ -16,7 +16,7 @@ __all__ = ["DensityNCELoss"]
 
 
 class DensityNCELoss(nn.Module):
-    r"""Fits log f, a log-density that need not integrate to 1, by telling data from noise of known density q.
+    r"""Loss that fits log f, a log-density that need not integrate to 1, by telling data from noise of known density q.
 
     Equivalent to, with ``ratio`` the noise samples a datum::
 
@@ -76,7 +76,7 @@ class DensityNCELoss(nn.Module):
         *,
         log_z: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of B data against B * noise_ratio noise samples.
+        """Compute the loss of B data against B * noise_ratio noise samples.
 
         Args:
             log_f_data: the model's unnormalised log-density of the data, [B], float32, bfloat16, float16 or float64.
@@ -112,14 +112,14 @@ class DensityNCELoss(nn.Module):
         per_datum = log_z[:, None] if isinstance(log_z, Tensor) and log_z.dim() else log_z
         z_data = self._logit(log_f_data, log_q_data, log_z, compute)
         z_noise = self._logit(log_f_noise.reshape(noise_shape), log_q_noise.reshape(noise_shape), per_datum, compute)
-        # softplus(z) = -logsigmoid(-z); F.softplus drops log1p(e^-z) above z = 20, which float64 still holds.
+        # softplus(z) = -logsigmoid(-z). F.softplus drops the term log1p(e^-z) above z = 20, which float64 can hold.
         loss = -F.logsigmoid(z_data) - F.logsigmoid(-z_noise).sum(1)
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
 
     def log_density_ratio(self, log_f: Tensor, log_q: Tensor, *, log_z: float | Tensor | None = None) -> Tensor:
-        """log f - log_z - log q: how much likelier the model finds a point than the noise does, in nats.
+        """Compute log f - log_z - log q: how much likelier the model finds a point than the noise does, in nats.
 
         As a score it tells data from what the noise produces. Where neither data nor noise fell in training the model
         extrapolates, and log f alone is the better sign that a point is out of the distribution. The logit of the loss
@@ -150,13 +150,14 @@ class DensityNCELoss(nn.Module):
         return f"noise_ratio={self.noise_ratio}, log_z={log_z}, reduction={self.reduction!r}"
 
     def _logit(self, log_f: Tensor, log_q: Tensor, log_z: float | Tensor, compute: torch.dtype) -> Tensor:
+        """Compute the logit that a point is data; NaN where log q is not finite."""
         z = _log_ratio(log_f, log_q, log_z, compute) - math.log(self.noise_ratio)
         return torch.where(log_q.isfinite(), z, math.nan)
 
     def _check_shapes(
         self, log_f_data: Tensor, log_q_data: Tensor, log_f_noise: Tensor, log_q_noise: Tensor, log_z: float | Tensor
     ) -> tuple[int, int]:
-        """B and the noise ratio."""
+        """Refuse shapes that do not fit each other; return [B, noise_ratio], the shape of the noise samples."""
         if log_f_data.dim() != 1:
             raise ValueError(f"log_f_data must be [B], got shape {list(log_f_data.shape)}")
         n_data = log_f_data.shape[0]
@@ -178,16 +179,18 @@ class DensityNCELoss(nn.Module):
 
 
 def _log_ratio(log_f: Tensor, log_q: Tensor, log_z: float | Tensor, compute: torch.dtype) -> Tensor:
+    """Compute log f - log q - log_z in the dtype ``compute``."""
     return log_f.to(compute) - log_q.to(compute) - (log_z.to(compute) if isinstance(log_z, Tensor) else log_z)
 
 
 def _compute_dtype(*values: float | Tensor) -> torch.dtype:
+    """Return float64 if any of the tensors is of that dtype, else float32."""
     dtypes = [compute_dtype(value.dtype) for value in values if isinstance(value, Tensor)]
     return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
-    """Types, then devices, then dtypes and layouts."""
+    """Refuse what is no floating-point tensor, or is on another device than the first; types come before devices."""
     for name, value in named.items():
         _checks.instance(name, value, Tensor, "a floating-point tensor")
     if isinstance(log_z, Tensor):
@@ -204,6 +207,7 @@ def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
 
 
 def _check_fixed_noise(**named: Tensor) -> None:
+    """Refuse log-densities of the noise that require a gradient or are not finite."""
     for name, log_q in named.items():
         why = "the noise stays fixed while the model learns"
         _checks.without_gradient(name, log_q, why, "compute it under torch.no_grad() or use .detach()")

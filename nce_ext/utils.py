@@ -1,7 +1,7 @@
 """Gradient clipping and unscaling for row-sparse gradients, as ``torch.nn.utils`` and ``torch.amp`` do for dense ones.
 
-PyTorch's own functions refuse sparse gradients, or look at repeated rows one by one, though rows of one class must be
-added up first. What is computed here is of the sum, at a cost that does not depend on the vocabulary.
+PyTorch's own functions refuse sparse gradients, or look at each of several rows of one class by itself. The functions
+here add up the rows of each class first, at a cost that does not depend on the number of classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
 
 
 def coalesce_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
-    """Make every sparse gradient one row a touched class, classes ascending: the sum of the rows it has of each.
+    """Coalesce every sparse gradient: sum the rows of each class, and sort by class.
 
     Equivalent to ``p.grad = p.grad.coalesce()`` for each parameter ``p`` with a sparse gradient. Afterwards
     ``p.grad._values()`` [touched, ...] may be changed in place, and the gradient stays coalesced. Two gradients whose
@@ -149,11 +149,12 @@ def unscale_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
         raise
 
 
-# Parameters that have a gradient, each with it.
+# Pairs of a parameter and its gradient.
 _Gradients = list[tuple[Tensor, Tensor]]
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> _Gradients:
+    """Collect the parameters that have a gradient; refuse what is no tensor, and sparse gradients of another form."""
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     if not isinstance(parameters, Iterable):
@@ -178,14 +179,14 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> _Gradients:
 
 
 def _coalesced(gradients: _Gradients) -> _Gradients:
-    """The same, with sparse gradients whose rows are of different classes each, in memory that no other one has.
+    """Coalesce the sparse gradients, and give each of them memory of its own.
 
     Autograd hands one tensor of rows to several parameters where their gradients are equal, as those of two embeddings
-    that are added; scaled in place, it would be scaled twice.
+    that are added. Scaled in place, such a tensor would be scaled twice.
     """
     if not any(grad.is_sparse for _, grad in gradients):
         return gradients
-    # A subclass, as DTensor, may have no memory of its own to ask for.
+    # A subclass of Tensor, such as DTensor, may have no storage to ask for.
     taken = {grad.untyped_storage().data_ptr() for _, grad in gradients if type(grad) is Tensor and not grad.is_sparse}
     made: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -204,7 +205,7 @@ def _coalesced(gradients: _Gradients) -> _Gradients:
 
 
 def _stand_ins(gradients: _Gradients) -> list[Tensor]:
-    """What PyTorch's functions take for the parameters: of a sparse gradient, a tensor whose gradient is the rows."""
+    """Build what PyTorch's functions take as parameters: for a sparse gradient, a tensor whose gradient is its rows."""
     stand_ins = []
     for parameter, grad in gradients:
         if grad.is_sparse:
@@ -218,6 +219,7 @@ def _stand_ins(gradients: _Gradients) -> list[Tensor]:
 
 
 def _store(gradients: _Gradients) -> None:
+    """Set the gradients of the parameters, where they are not set already."""
     for parameter, grad in gradients:
         if parameter.grad is not grad:
             parameter.grad = grad

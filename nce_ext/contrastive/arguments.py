@@ -1,4 +1,4 @@
-"""What the contrastive losses refuse: vectors, and the data of rows and columns, that do not fit each other."""
+"""Checks of what the contrastive losses are called with: the vectors, and the data that belong to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nce_ext.contrastive.pairwise import Data, chunks, leave_out_
 
 
 def check(query: object, key: object, negatives: object, data: Data, in_batch: bool) -> None:
-    """All but values, in the order device, dtype, layout, rank, size."""
+    """Raise unless vectors and data fit each other in device, dtype, layout, rank and size; values are not checked."""
     query = _checks.tensor("query", query, _checks.FLOATS)
     for name, vectors in (("key", key), ("negatives", negatives)):
         if vectors is None and name == "negatives":
@@ -55,6 +55,7 @@ def check(query: object, key: object, negatives: object, data: Data, in_batch: b
 def check_data(
     name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> None:
+    """Raise unless a tensor of data has this dtype and shape, is on query's device and requires no gradient."""
     _checks.tensor(name, value, dtypes, query.device, "query")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} for query {list(query.shape)}, got {list(value.shape)}")
@@ -63,7 +64,10 @@ def check_data(
 
 
 def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log_q: str = "log_q") -> None:
-    """On the CPU always, on CUDA under set_debug(True), while tracing never (the losses are NaN then)."""
+    """Raise if a log q is not finite or a label has no meaning; ``log_q`` is what the caller's argument is called.
+
+    Where :func:`nce_ext._checks.values_are_checked` is False nothing is checked, and the losses become NaN.
+    """
     if not _checks.values_are_checked(query.device):
         return
     for name, value in ((log_q, data.log_q), ("negative_log_q", data.negative_log_q)):
@@ -76,7 +80,7 @@ def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log
 
 
 def _bad_label(target: Tensor, data: Data, in_batch: bool, max_logits: int) -> tuple[str, list[int]] | None:
-    """What the first label without meaning must be, and its index."""
+    """Find the first label without meaning: what it must be and is, in words, and its index [query, column]."""
     own = 0 if in_batch else 1
     for start, stop in chunks(target.shape[0], target.shape[1], max_logits):
         labels = target[start:stop]

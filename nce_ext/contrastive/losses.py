@@ -1,4 +1,4 @@
-"""Contrastive losses between two batches of vectors: InfoNCE (CLIP, two towers), its debiased form, and SigLIP's."""
+"""Modules of the contrastive losses: InfoNCE (CLIP, two towers), its debiased form, and the loss of SigLIP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
 
 
 class InfoNCELoss(nn.Module):
-    r"""Cross-entropy of telling each query's own key from the other keys.
+    r"""InfoNCE: the cross-entropy of telling each query's own key from the other keys.
 
     Equivalent to, with ``columns`` the batch's keys followed by the explicit negatives, M = B + K of them::
 
@@ -103,7 +103,7 @@ class InfoNCELoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature in use: a number, or a detached scalar tensor if it is learned."""
+        """Temperature in use: a number, or a detached scalar tensor if it is learned."""
         if self.logit_scale is None:
             return 1 / self._scale
         return self.logit_scale.detach().exp().clamp(max=self.max_scale).reciprocal()
@@ -122,7 +122,7 @@ class InfoNCELoss(nn.Module):
         query_log_q: Tensor | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
+        """Compute the loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
 
         Args:
             query, key, negatives: [B, D], [B, D] and [K, D], float32, bfloat16, float16 or float64, which may differ
@@ -169,9 +169,9 @@ class InfoNCELoss(nn.Module):
         log_q: Tensor | None = None,
         negative_log_q: Tensor | None = None,
         query_log_q: Tensor | None = None,
-        target: None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
-        """A lower bound of the mutual information of query and key, in nats: the mean of log N_i - loss_i.
+        """Estimate a lower bound of the mutual information of query and key, in nats: the mean of log N_i - loss_i.
 
         N_i is the number of candidates of row i, its own key and the negatives that are not masked: B + K without
         masks. So it never exceeds log N, whatever the truth (van den Oord et al. 2018, section 2.3). In expectation it
@@ -205,18 +205,20 @@ class InfoNCELoss(nn.Module):
         )
 
     def _options(self, total: bool) -> _pairwise.Options:
+        """Return the options of the pairwise loss; ``total``: one sum instead of one loss a query."""
         return _pairwise.Options(False, self.in_batch, self.debias, total, torch.is_grad_enabled(), self.max_logits)
 
     def _losses(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, total: bool
     ) -> Tensor:
+        """Compute the losses of one direction as :meth:`_directions` returns it: their sum, or [B]."""
         scale = _scale(self._scale, self.logit_scale, query, self.max_scale)
         return _pairwise.losses((query, key, negatives, scale, None), data, self._options(total))
 
     def _directions(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
     ) -> list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]]:
-        """Checked, in the dtype of the arithmetic, normalized: what the losses are of."""
+        """Check and prepare the arguments of ``forward``: those of query to key and, if symmetric, of key to query."""
         _arguments.check(query, key, negatives, data, self.in_batch)
         batch = query.shape[0]
         if query_log_q is not None:
@@ -247,7 +249,7 @@ class InfoNCELoss(nn.Module):
 
 
 class SigmoidContrastiveLoss(nn.Module):
-    r"""Binary cross-entropy of every pair of the batch: SigLIP's loss.
+    r"""SigLIP's loss: the binary cross-entropy of every pair of the batch.
 
     Equivalent to, with y_ij = 1 for the pair of a row and its own key and -1 for all others::
 
@@ -302,7 +304,7 @@ class SigmoidContrastiveLoss(nn.Module):
         negative_ids: Tensor | None = None,
         negative_mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
+        """Compute the loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
 
         Args: those of :meth:`InfoNCELoss.forward`. Pairs of equal ids that are not a row's own are left out: they are
             neither positive nor negative.
@@ -335,7 +337,7 @@ class SigmoidContrastiveLoss(nn.Module):
 
 
 class _CappedExp(torch.autograd.Function):
-    """min(exp(x), limit), with the gradient of exp but for that which would raise x above the limit."""
+    """Autograd function min(exp(x), limit) whose gradient is that of exp, but never moves x further above the limit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
@@ -350,10 +352,12 @@ class _CappedExp(torch.autograd.Function):
 
 
 def _parameter(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """Make a scalar parameter."""
     return nn.Parameter(torch.tensor(value, device=device, dtype=dtype))
 
 
 def _scale(fixed: float, log_scale: Tensor | None, like: Tensor, limit: float | None) -> Tensor:
+    """Return the factor of the logits, a scalar tensor of like's dtype: fixed, or e^log_scale, at most the limit."""
     if log_scale is None:
         return like.new_full((), fixed)
     log_scale = log_scale.to(like.dtype)
@@ -364,7 +368,10 @@ def _scale(fixed: float, log_scale: Tensor | None, like: Tensor, limit: float | 
 def _prepared(
     normalize: bool, query: Tensor, key: Tensor, negatives: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype of the arithmetic, so that autograd rounds gradients to the inputs' own; of length 1 if asked."""
+    """Convert the vectors to the dtype of the arithmetic, and divide them by their length if ``normalize``.
+
+    The conversion is autograd's, so each gradient is rounded to the dtype of its input.
+    """
     compute = compute_dtype(query.dtype)
     vectors = [None if t is None else t.to(compute) for t in (query, key, negatives)]
     if normalize:
@@ -373,7 +380,10 @@ def _prepared(
 
 
 def _unit_length(x: Tensor) -> Tensor:
-    """Rows of length 1; 0 for a row of zeros. Scaled first: squares of large or small elements leave the dtype."""
+    """Divide vectors [n, D] by their lengths; one of zeros stays.
+
+    Each is first divided by its largest element, since squares of large or small elements are out of range.
+    """
     largest = x.detach().abs().amax(1, keepdim=True)
     x = x / torch.where(largest > 0, largest, math.inf)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -381,4 +391,5 @@ def _unit_length(x: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: object) -> float:
+    """Raise unless the value is a finite number > 0; return it as a float."""
     return float(_checks.number(name, value, above=0, wanted="a finite number > 0"))

@@ -1,4 +1,4 @@
-"""A queue of past keys: negatives for a contrastive loss that cost no forward pass."""
+"""A queue of past keys, which are negatives of a contrastive loss without a forward pass of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CrossBatchMemory", "PaddedMemory", "Remembered"]
 
 
 class Remembered(NamedTuple):
-    """Keys [n, D], and what was stored beside them: ids [n] and log q [n], or None."""
+    """Keys [n, D] of a memory, and what was stored with them: ids [n] and log q [n], or None."""
 
     keys: Tensor
     ids: Tensor | None
@@ -22,7 +22,7 @@ class Remembered(NamedTuple):
 
 
 class PaddedMemory(NamedTuple):
-    """All ``size`` slots, and a mask [size] that is True where one is in use."""
+    """Contents of all ``size`` slots of a memory, and a mask [size] that is True for slots in use."""
 
     keys: Tensor
     ids: Tensor | None
@@ -31,7 +31,7 @@ class PaddedMemory(NamedTuple):
 
 
 class CrossBatchMemory(nn.Module):
-    """The last ``size`` keys of past batches, with their ids and log q.
+    """Memory of the last ``size`` keys of past batches, with their ids and log q.
 
     Query first, enqueue last: a key that is in the memory and in the batch at once would be its own negative::
 
@@ -83,7 +83,7 @@ class CrossBatchMemory(nn.Module):
         self._full = self._started = False
 
     def __len__(self) -> int:
-        """Slots in use. On CUDA this waits for the device, until the memory has once been seen full."""
+        """Count the slots in use. On CUDA this waits for the device until the memory has been seen full once."""
         if not self._full:
             filled = int(self.filled)
             self._full = filled == self.size
@@ -138,17 +138,18 @@ class CrossBatchMemory(nn.Module):
         self.filled.add_(kept).clamp_(max=self.size)
 
     def get(self) -> Remembered:
-        """(keys [n, D], ids [n], log_q [n]) of the slots in use, in no particular order; ids and log_q may be None.
+        """Return the slots in use, in no particular order: (keys [n, D], ids [n] or None, log_q [n] or None).
 
-        Views of the buffers, which the next ``enqueue`` overwrites. A loss of ``reduction="none"`` keeps them for its
-        backward, which raises if they have changed: call it first. n grows until the memory is full, see ``len``.
+        They are views of the buffers, which the next ``enqueue`` overwrites. A loss of ``reduction="none"`` keeps them
+        for its backward, which raises if they have changed: call it first. n grows until the memory is full, see
+        ``len``.
         """
         n = len(self)
         ids, log_q = self.stored_ids, self.stored_log_q
         return Remembered(self.stored_keys[:n], None if ids is None else ids[:n], None if log_q is None else log_q[:n])
 
     def padded(self) -> PaddedMemory:
-        """``get()`` in one fixed shape, for compiled and captured graphs: (keys, ids, log_q, mask), of ``size`` each.
+        """Return all slots, for compiled and captured graphs of one shape: (keys, ids, log_q, mask), ``size`` of each.
 
         Pass the mask on: ``loss_fn(query, key, negatives=p.keys, negative_ids=p.ids, negative_mask=p.mask, ...)``.
         """
@@ -157,17 +158,17 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def keys(self) -> Tensor:
-        """``get().keys``."""
+        """Keys [n, D] of the slots in use, as ``get().keys``."""
         return self.get().keys
 
     @property
     def ids(self) -> Tensor | None:
-        """``get().ids``."""
+        """Ids [n] of the slots in use, or None, as ``get().ids``."""
         return self.get().ids
 
     @property
     def log_q(self) -> Tensor | None:
-        """``get().log_q``."""
+        """Log q [n] of the slots in use, or None, as ``get().log_q``."""
         return self.get().log_q
 
     @torch.no_grad()
@@ -183,6 +184,7 @@ class CrossBatchMemory(nn.Module):
         return f"size={self.size}, dim={self.dim}, dtype={self.stored_keys.dtype}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the buffers; those of ids and log q exist afterwards where the state has them."""
         for name in ("stored_ids", "stored_log_q") if prefix + "stored_keys" in state_dict else ():
             stored = state_dict.get(prefix + name)
             given = None if stored is None else torch.zeros_like(stored, device=self.stored_keys.device)

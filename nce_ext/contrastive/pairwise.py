@@ -1,8 +1,8 @@
-"""All pairs of two sets of vectors, a chunk of rows at a time: losses and gradients that never hold the B x M logits.
+"""Losses over all pairs of two sets of vectors, computed a chunk of queries at a time: the B x M logits are never held.
 
-A row is a query, its positive is the key of the same index, and the M columns are what it is told apart from. The
-gradient in the logits has a closed form, so a chunk yields loss and gradients at once: three matrix products, the rest
-in place.
+The positive of a query is the key of the same index; the M columns are the vectors that it is told apart from. The
+gradient in the logits has a closed form, so loss and gradients of a chunk are computed at once, with three matrix
+products and the rest in place.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# query [B, D], key [B, D], negatives [K, D], scale and bias: what gradients are taken of.
+# query [B, D], key [B, D], negatives [K, D], scale and bias: the inputs that may require a gradient.
 Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 class Options(NamedTuple):
-    """What is not a tensor."""
+    """Options of a pairwise loss: all that it takes beside tensors."""
 
     sigmoid: bool  # SigLIP's objective instead of InfoNCE's
-    in_batch: bool  # the other rows' keys are columns, before the explicit negatives
+    in_batch: bool  # the batch's keys are columns, before the explicit negatives
     debias: float
-    total: bool  # the sum over rows instead of one loss a row
-    grad_enabled: bool
+    total: bool  # one sum over the queries instead of one loss a query
+    grad_enabled: bool  # torch.is_grad_enabled() where the loss was called: inside a Function it is False
     max_logits: int
 
 
 class Data(NamedTuple):
-    """What no gradient is taken of; one entry a row, or a column."""
+    """Tensors of which no gradient is taken: one entry a query of the batch [B], or one an explicit negative [K]."""
 
-    ids: Tensor | None  # [B]
+    ids: Tensor | None  # [B], of the keys: an equal id makes a column no negative
     negative_ids: Tensor | None  # [K]
     negative_mask: Tensor | None  # [K], False where a column is left out
     log_q: Tensor | None  # [B]
@@ -43,6 +43,8 @@ class Data(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """Gradients of the operands, of their shapes; None where none is needed."""
+
     query: Tensor | None
     key: Tensor | None
     negatives: Tensor | None
@@ -51,21 +53,24 @@ class Gradients(NamedTuple):
 
 
 class ChunkLosses(NamedTuple):
-    """Of a chunk: the loss and its slopes. That in the logits is factor[:, None] * what is left in their place."""
+    """Losses of the queries of a chunk, and their derivatives, each [n].
+
+    The functions that return this overwrite the logits z [n, M] with the derivative in them, up to a factor a query.
+    """
 
     loss: Tensor
-    factor: Tensor | None
-    positive: Tensor  # the slope in the positive's logit
-    extra: Tensor | None  # the slope in the scale that does not come by a logit (InfoNCE), in the bias (SigLIP)
+    factor: Tensor | None  # the derivative in z is factor[:, None] * z; None: z itself
+    positive: Tensor  # the derivative in the positive's logit
+    extra: Tensor | None  # in the scale, as far as no logit carries it (InfoNCE); in the bias (SigLIP)
 
 
 class Pairwise(torch.autograd.Function):
-    """Loss of float32 or float64 operands: their sum, or [B].
+    """Autograd function of the losses of float32 or float64 operands: their sum, or [B].
 
-    A sum has one number as its upstream gradient, so the gradients are made in the forward pass and multiplied by it in
-    backward: what is saved is of the operands' size. For [B] losses the upstream weighs every row on its own, and is
-    not known before backward, which then computes the chunks anew: four products instead of three, and the operands
-    are saved.
+    The upstream gradient of a sum is one number, so the gradients are computed in the forward pass, saved, and
+    multiplied by that number in backward. The upstream gradient of [B] losses weighs every query on its own and is
+    known in backward only, so there the operands are saved, and backward computes all chunks once more: four matrix
+    products instead of three.
     """
 
     @staticmethod
@@ -98,7 +103,7 @@ class Pairwise(torch.autograd.Function):
 
 
 def losses(operands: Operands, data: Data, options: Options) -> Tensor:
-    """The sum of all losses, or [B], as the options say."""
+    """Compute the sum of all losses, or the losses [B], as ``options.total`` says, with gradients for autograd."""
     apply: Callable[..., Tensor] = Pairwise.apply
     return apply(*operands, *data, options)
 
@@ -106,14 +111,17 @@ def losses(operands: Operands, data: Data, options: Options) -> Tensor:
 def sweep(
     operands: Operands, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
 ) -> tuple[Tensor, Gradients]:
-    """Losses [B], and the gradients in the operands that need one of sum(upstream * losses)."""
+    """Compute the losses [B], and the gradients of sum(upstream * losses) in the operands that ``needs`` names.
+
+    ``upstream`` is [B], or None for ones.
+    """
     query, key, negatives, scale, bias = operands
     needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
     batch = query.shape[0]
     columns, first_negative = _columns(key, negatives, options.in_batch)
     shift, positive_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
 
-    # Columns whose rows get a gradient: a queue of past keys needs none, and may be most of them.
+    # lo .. hi: the columns that get a gradient. A queue of past keys needs none, and may be most of the columns.
     lo = 0 if needs_key and options.in_batch else first_negative
     hi = columns.shape[0] if needs_negatives else first_negative
     losses_of_chunks = []
@@ -163,7 +171,7 @@ def sweep(
             scalar = grad_bias if options.sigmoid else grad_scale
             if of_chunk.extra is not None and scalar is not None:
                 scalar += (g * of_chunk.extra).sum()
-            del z  # so that two chunks are never held
+            del z  # before the next chunk is made
 
     result = torch.cat(losses_of_chunks) if losses_of_chunks else query.new_zeros((0,))
     if broken is not None:
@@ -177,13 +185,17 @@ def sweep(
 
 
 def chunks(batch: int, columns: int, max_logits: int) -> list[tuple[int, int]]:
-    """(start, stop) of the rows that are held at a time."""
+    """Split a batch into chunks (start, stop) of at most max_logits logits, or of one query."""
     rows = max(1, max_logits // max(1, columns))
     return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 
 def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
-    """-inf where a column is no negative of the row: the positive, the same id, and what the mask leaves out."""
+    """Set to -inf the logits z [n, M] of columns that are no negatives of a query.
+
+    These are its own key, columns of the same id, and those that negative_mask leaves out. ``start`` is the index of
+    the first of the n queries in the batch.
+    """
     if in_batch:
         z.diagonal(start).fill_(-math.inf)
     stop = start + z.shape[0]
@@ -198,7 +210,7 @@ def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
 
 
 def count_negatives(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
-    """How many columns are negatives of the row, [B]."""
+    """Count the columns that are negatives of each query: [B], in query's dtype."""
     columns = (key.shape[0] if options.in_batch else 0) + (0 if negatives is None else negatives.shape[0])
     counts = [query.new_zeros((0,))]
     for start, stop in chunks(query.shape[0], columns, options.max_logits):
@@ -209,7 +221,7 @@ def count_negatives(query: Tensor, key: Tensor, negatives: Tensor | None, data: 
 
 
 def _columns(key: Tensor, negatives: Tensor | None, in_batch: bool) -> tuple[Tensor, int]:
-    """The columns [M, D], and where the explicit negatives begin."""
+    """Return the columns [M, D], and the index of the first explicit negative among them."""
     if negatives is None:
         return key, key.shape[0]
     return (torch.cat([key, negatives]), key.shape[0]) if in_batch else (negatives, 0)
@@ -218,7 +230,10 @@ def _columns(key: Tensor, negatives: Tensor | None, in_batch: bool) -> tuple[Ten
 def _shifts(
     data: Data, bias: Tensor | None, columns: Tensor, batch: int, in_batch: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What is added to a column's logit and to a positive's, and whether some log q leaves the loss without meaning."""
+    """Return what is added to the logits: [M] to those of columns, [B] to those of positives; None: nothing.
+
+    The third value, a bool scalar tensor, is True where some log q is not finite: then no loss has a meaning.
+    """
     if bias is not None:
         return bias.expand(columns.shape[0]), bias.expand(batch), None
     if data.log_q is None:
@@ -230,12 +245,15 @@ def _shifts(
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # Beyond 40 the difference to x is below float64's rounding.
+    """Compute log(1 + e^x); beyond 40 its difference to x is below the rounding of float64."""
     return F.softplus(x, threshold=40)
 
 
 def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z - m) in place of z, exp(positive - m), and m: the largest of a row, so that the sum is at least 1."""
+    """Overwrite z [n, M] with exp(z - m); return it, exp(positive - m), and m [n], the largest logit of each query.
+
+    So the sum of a query's exponentials is at least 1. ``floor`` [n] counts among the logits.
+    """
     largest = torch.maximum(z.amax(1), positive) if z.shape[1] else positive
     if floor is not None:
         largest = torch.maximum(largest, floor)
@@ -244,7 +262,10 @@ def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> t
 
 
 def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> ChunkLosses:
-    """softplus(log(mass of the negatives) - positive): no cancellation however small the loss."""
+    """Compute InfoNCE, debiased or not, as softplus(log(mass of the negatives) - positive).
+
+    In this form nothing cancels, however small the loss is.
+    """
     if not debias:
         e, p, largest = _shifted_exp_(z, positive)
         mass = e.sum(1)
@@ -253,7 +274,7 @@ def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Chunk
 
     count = (z > -math.inf).sum(1, dtype=z.dtype)
     e, p, largest = _shifted_exp_(z, positive, torch.where(count > 0, -scale, -math.inf))
-    among = count * debias * p  # the positives that hide among the negatives
+    among = count * debias * p  # the mass of the positives that are expected among the negatives
     estimate = (e.sum(1) - among) / (1 - debias)
     floor = torch.where(count > 0, count * (-scale - largest).exp(), 0)
     floored = estimate <= floor
@@ -268,7 +289,7 @@ def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Chunk
 
 
 def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> ChunkLosses:
-    """sum_j t_j (logsumexp(z) - z_j); NaN and slope 0 where the labels have no meaning."""
+    """Compute sum_j t_j (logsumexp(z) - z_j) of soft labels t; NaN, with derivative 0, where they have no meaning."""
     assert data.target is not None
     labels = data.target[start : start + z.shape[0]].to(z.dtype, copy=True)
     if in_batch:
@@ -276,7 +297,7 @@ def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: 
         labels.diagonal(start).zero_()
     else:
         of_positive, labels = labels[:, 0], labels[:, 1:]
-    # Before -inf is written, which a label of 0 would turn into NaN.
+    # Computed before -inf is written into z, since 0 * -inf is NaN.
     logits = (labels * z).sum(1)
     leave_out_(z, start, data, in_batch)
     bad = ~((labels >= 0) & (labels < math.inf) & ((labels == 0) | (z > -math.inf))).all(1)
@@ -296,6 +317,7 @@ def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: 
 
 
 def _sigmoid(z: Tensor, positive: Tensor) -> ChunkLosses:
+    """Compute the binary cross-entropies of SigLIP, summed over the pairs of each query."""
     loss = _softplus(-positive) + _softplus(z).sum(1)
     slope = -torch.sigmoid(-positive)
     z.sigmoid_()

@@ -1,4 +1,4 @@
-"""Exact full-vocabulary evaluation in chunks: what a sampled loss trains for, measured without holding [N, V]."""
+"""The exact softmax over all classes, evaluated in chunks so that the [N, V] logits are never held at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["OutputLayer", "nll", "perplexity", "topk"]
 
 
 class OutputLayer(Protocol):
-    """``NCELoss``, ``nn.Linear``, or anything else with these two."""
+    """Output layer of a model: ``NCELoss``, ``nn.Linear``, or anything else with a weight and a bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -31,7 +31,7 @@ def nll(
     ignore_index: int = -100,
     max_logits: int = 2**24,
 ) -> Tensor:
-    """Exact negative log-likelihood of the full softmax, in nats.
+    """Compute the exact negative log-likelihood of the full softmax, in nats.
 
     Equivalent to ``F.cross_entropy(F.linear(hidden, layer.weight, layer.bias).float(), target,
     reduction=reduction, ignore_index=ignore_index)``, with at most ``max_logits`` logits in memory.
@@ -77,6 +77,7 @@ def nll(
 
 
 def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Compute the losses [n] of hidden [n, D], by PyTorch's own chunked operator where it takes these dtypes."""
     compute = compute_dtype(weight.dtype)
     if compute == weight.dtype == hidden.dtype and hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(
@@ -89,13 +90,13 @@ def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tens
 def perplexity(
     layer: OutputLayer, hidden: Tensor, target: Tensor, *, ignore_index: int = -100, max_logits: int = 2**24
 ) -> Tensor:
-    """exp of the mean exact negative log-likelihood: ``nll(...).exp()``, whose arguments these are."""
+    """Compute the perplexity of the full softmax: exp of the mean that :func:`nll` returns for the same arguments."""
     return nll(layer, hidden, target, ignore_index=ignore_index, max_logits=max_logits).exp()
 
 
 @torch.no_grad()
 def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
-    """The k best classes of each example, best first.
+    """Find the k best classes of each example, best first.
 
     Equivalent to ``F.linear(hidden, layer.weight, layer.bias).topk(k)``, with at most ``max_logits`` logits in memory.
 
@@ -124,6 +125,7 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
 
 
 def _tables(layer: OutputLayer) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's weight and bias, and refuse a shard, which holds only some of its classes."""
     n_rows = layer.weight.shape[0]
     if getattr(layer, "n_classes", n_rows) != n_rows:
         raise ValueError(
@@ -138,4 +140,5 @@ def _check_hidden(weight: Tensor, hidden: Tensor) -> None:
 
 
 def _split(examples: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
+    """Split examples into chunks of at most max_logits logits, or of one example; no examples are one empty chunk."""
     return torch.split(examples, max(1, max_logits // n_classes)) if len(examples) else (examples,)

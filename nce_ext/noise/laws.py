@@ -1,4 +1,4 @@
-"""The base of the noise distributions, and the laws that are given once: uniform, log-uniform, unigram."""
+"""The base class of noise distributions, and the ones whose law is fixed: Uniform, LogUniform and Unigram."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DRAWS, _DRAWS_PER_ID = 2**22, 64
 
 
 class Noise(nn.Module):
-    """Base of the distributions over class ids 0 .. n_classes - 1. Use a subclass."""
+    """Base class of the noise distributions over class ids 0 .. n_classes - 1; construct one of its subclasses."""
 
     kind: int
     table: Tensor
@@ -28,7 +28,7 @@ class Noise(nn.Module):
     ) -> None:
         super().__init__()
         self.n_classes = _checks.n_classes(n_classes)
-        # A law in closed form keeps an empty table, which remembers the device that .to() chose.
+        # A law in closed form keeps an empty table, whose device is the module's after .to().
         entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
         self.register_buffer("table", entries.to(device), persistent=table is not None)
 
@@ -63,7 +63,9 @@ class Noise(nn.Module):
         return _ops.sample(self.kind, self.n_classes, self.table, seed, examples, slots).view(sizes)
 
     def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log-probability of drawing each id: of the law that ``sample`` realises, not of the one that was asked for.
+        """Compute the log-probability with which ``sample`` draws each id.
+
+        An alias table holds probabilities rounded to integer masses; these are the rounded ones.
 
         Args:
             ids: integer tensor of any shape, in 0 .. n_classes - 1.
@@ -109,7 +111,10 @@ class Noise(nn.Module):
         return self._distinct(k, seed, max(16, 2 * k))
 
     def _distinct(self, k: int, seed: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """sample_distinct by blocks: of ``block`` draws, then of twice as many from the first slot on, and so on."""
+        """Draw k different ids, as ``sample_distinct`` says, from a block of draws that doubles until it holds them.
+
+        Every block starts at the first slot again, so the ids do not depend on the sizes of blocks.
+        """
         limit = max(_DRAWS, _DRAWS_PER_ID * k)
         drawable = None
         while True:
@@ -133,13 +138,14 @@ class Noise(nn.Module):
             block *= 2
 
     def _count_drawable(self) -> int:
+        """Count the classes of positive probability."""
         return self.n_classes
 
     def log_inclusion(self, ids: Tensor, trials: int | Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log-probability that each id is among ``trials`` draws with replacement: log(1 - (1 - q)^trials).
+        """Compute the log-probability that an id is among ``trials`` draws with replacement: log(1 - (1 - q)^trials).
 
-        The exact correction for the distinct ids of ``sample(trials)``: 1[id was drawn] / inclusion(id) has mean 1.
-        Computed in float64, which keeps its digits for q near 0 and near 1. Waits for no device.
+        It is the exact correction for the distinct ids of ``sample(trials)``: 1[id was drawn] / inclusion(id) has
+        mean 1. Computed in float64, which keeps its digits for q near 0 and near 1. Waits for no device.
 
         Args:
             ids: integer tensor of any shape, in 0 .. n_classes - 1.
@@ -162,7 +168,7 @@ class Noise(nn.Module):
     def log_expected_count_tf(
         self, ids: Tensor, k: int, trials: int | Tensor, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Log of TensorFlow's expected count of each id among the k of ``sample_distinct``.
+        """Compute the log of TensorFlow's expected count of each id among the k ids of ``sample_distinct``.
 
         That is k q if trials == k, else 1 - (1 - q)^trials (``tf.random.log_uniform_candidate_sampler`` and its
         like with ``unique=True``). It treats the number of draws as if it had been fixed before, so for probable
@@ -186,10 +192,11 @@ class Noise(nn.Module):
         return count if trials == k else inclusion
 
     def probabilities(self) -> Tensor:
-        """The whole law: float64 [n_classes] on the module's device, at a cost of O(n_classes)."""
+        """Compute the probabilities of all classes: float64 [n_classes] on the module's device, at O(n_classes)."""
         return torch.exp(self._log_prob64(torch.arange(self.n_classes, device=self.table.device)))
 
     def _log_prob64(self, ids: Tensor) -> Tensor:
+        """Compute ``log_prob`` of valid int64 ids, in float64."""
         raise TypeError("Noise is a base class: use Uniform, LogUniform, Unigram, Mixture or Streaming")
 
     def extra_repr(self) -> str:
@@ -197,7 +204,7 @@ class Noise(nn.Module):
 
 
 class Uniform(Noise):
-    """Every class with probability 1 / n_classes.
+    """Noise that draws every class with probability 1 / n_classes.
 
     Args:
         n_classes: 1 .. 2^31 - 1.
@@ -215,7 +222,7 @@ class Uniform(Noise):
 class LogUniform(Noise):
     """Zipf-like noise for classes sorted by falling frequency: q(y) = log((y + 2) / (y + 1)) / log(n_classes + 1).
 
-    The law of TensorFlow's ``log_uniform_candidate_sampler``; it needs no table, whatever ``n_classes`` is.
+    This is the law of TensorFlow's ``log_uniform_candidate_sampler``; it needs no table, whatever ``n_classes`` is.
 
     Args:
         n_classes: 1 .. 2^31 - 1.
@@ -231,7 +238,7 @@ class LogUniform(Noise):
 
 
 class Table(Noise):
-    """A law with a probability of its own for every class, drawn from an alias table in constant time."""
+    """Base class of the distributions that draw from an alias table: any law, in constant time a draw."""
 
     kind = reference.ALIAS
 
@@ -244,7 +251,7 @@ class Table(Noise):
 
 
 class Unigram(Table):
-    """q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
+    """Noise with q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
 
     The table holds integer masses that sum to exactly n_classes * 2^32, so the realised law is known exactly:
     every class with a positive count has a mass of at least 1, and a class with count 0 is never drawn. A class
@@ -272,17 +279,17 @@ class Unigram(Table):
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, to full relative precision at both ends."""
+    """Compute log(1 - e^x) for x <= 0, to full relative precision near 0 and near minus infinity."""
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 def alias_table_of(counts: Tensor, power: float) -> Tensor:
-    """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
+    """Build the alias table, int32 [V, 4], of the law proportional to float64 counts ** power."""
     return _ops.alias_table(*_unnormalised_law(counts, power))
 
 
 def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:
-    """float64 weights counts ** power, and the factor that makes them sum to V 2^32.
+    """Compute float64 weights proportional to counts ** power, and the factor that makes them sum to V 2^32.
 
     Counts are divided by their maximum first, so that no power overflows; what underflows is lifted to the smallest
     normal number, since a class that occurs keeps a positive mass.

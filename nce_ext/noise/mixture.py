@@ -1,4 +1,4 @@
-"""The law of candidates that come from several laws in fixed numbers."""
+"""The mixture of noise distributions that candidates follow when several laws give a fixed number of them each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nce_ext.noise.laws import Noise, Table, alias_table_of
 
 
 class Mixture(Table):
-    """q(y) = sum_i counts[i] noises[i](y) / sum_i counts[i]: the law of candidates of which counts[i] follow noises[i].
+    """Mixture q(y) = sum_i counts[i] noises[i](y) / sum_i counts[i]: counts[i] of the candidates follow noises[i].
 
     Mixed negative sampling (Yang et al., WWW 2020) adds K uniform negatives to the B items of a batch, since items
     of the tail hardly ever are in a batch. All B + K columns of its softmax are then candidates from
@@ -62,7 +62,7 @@ class Mixture(Table):
         law = torch.zeros(noises[0].n_classes, dtype=torch.float64)
         for noise, share in zip(noises, shares, strict=True):
             q = noise.probabilities().cpu()
-            # What underflows keeps the smallest weight, as a class that is drawn must not lose its mass.
+            # A product that underflows becomes the smallest normal number, so that a class that is drawn keeps a mass.
             law += torch.where(q > 0, (share * q).clamp_min_(torch.finfo(torch.float64).tiny), 0)
         device = noises[0].table.device if device is None else device
         super().__init__(len(law), alias_table_of(law, 1.0), device=device)

@@ -1,4 +1,4 @@
-"""A law whose frequencies are estimated from the stream of training batches."""
+"""A noise distribution whose frequencies are estimated from the training batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nce_ext.noise.laws import Table, alias_table_of
 
 
 class Streaming(Table):
-    """Frequencies of classes estimated batch by batch, for data whose counts are unknown or drift.
+    """Noise whose class frequencies are estimated batch by batch, for data whose counts are unknown or drift.
 
         noise = nce_ext.noise.Streaming(n_classes, half_life=1000)
         for step, (x, target) in enumerate(batches):
@@ -83,7 +83,7 @@ class Streaming(Table):
         super().__init__(n_classes, alias_table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
         self.prior, self.power = float(prior), float(power)
-        # One entry more than classes, which takes what is ignored. Float64 numbers are kept as their bits.
+        # The last of n_classes + 1 entries takes the ignored ids. values and total are the bits of float64 numbers.
         self.register_buffer("values", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
         self.register_buffer("last_step", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
@@ -106,7 +106,7 @@ class Streaming(Table):
         self.step += 1
         values, total = self.values.view(torch.float64), self.total.view(torch.float64)
         elapsed = self.step - self.last_step[entries]
-        # Repetitions of an id write the same value, so that no order of writing matters.
+        # Repetitions of an id write the same value, so the order of the writes does not matter.
         if self.estimator == "counts":
             values[entries] = values[entries] * self._decay(elapsed)
             values.index_add_(0, entries, torch.ones_like(entries, dtype=torch.float64))
@@ -120,7 +120,7 @@ class Streaming(Table):
 
     @torch.no_grad()
     def log_frequency(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log of the current estimate p of each id, for the log q correction of an in-batch softmax.
+        """Compute the log of the current estimate p of each id, for the log q correction of an in-batch softmax.
 
         With "counts" the p of all classes sum to 1. With "interval" p is per batch, so larger by about the batch
         size as long as it is far from 1; a softmax does not see such a constant. A class that has not been seen in t
@@ -152,6 +152,7 @@ class Streaming(Table):
         self.table.copy_(alias_table_of(torch.exp(log_p).cpu(), self.power))
 
     def _log_estimate(self, entries: Tensor) -> Tensor:
+        """Compute log p of these entries of the state, in float64."""
         values, elapsed = self.values.view(torch.float64)[entries], self.step - self.last_step[entries]
         if self.estimator == "interval":
             return -torch.log(torch.where(self.last_step[entries] == 0, (self.step + 1).double(), values))
@@ -159,10 +160,11 @@ class Streaming(Table):
         return torch.log(share / (self.total.view(torch.float64) + self.prior)).clamp_max(0)
 
     def _decay(self, elapsed: Tensor) -> Tensor:
-        """What is left of a count after so many batches."""
+        """Compute the factor by which a count has decayed after so many batches."""
         return torch.exp2(elapsed.double() * (-1 / self.half_life))
 
     def _entries(self, ids: Tensor) -> Tensor:
+        """Map ids to entries of the state; those out of range to the last one, which no class has."""
         ids = ids.long()
         return torch.where((ids >= 0) & (ids < self.n_classes), ids, self.n_classes)
 
