@@ -1,17 +1,20 @@
-# `make demo` and `make test` set up everything they need in .venv; nothing is installed elsewhere.
+# Each target sets up what it needs in .venv; nothing is installed elsewhere.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CUDA_VENV ?= .venv-cuda
 CXX ?= g++
+WORKERS ?= 2
+# A file's tests share compiled functions and processes: they stay together.
+PYTEST := NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-KERNEL_TESTS := tests/test_noise.py tests/test_sampled_loss.py tests/test_layouts.py tests/test_gradients.py \
-	tests/test_row_step.py tests/test_fused_step.py
+KERNEL_TESTS := $(addprefix tests/,noise/test_noise_distributions.py losses/test_nce_loss.py \
+	losses/test_strided_tensors.py losses/test_loss_gradients.py ops/test_row_step_operators.py optim/test_fused_step.py)
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
 CPP := $(shell find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help build demo examples test test-simd bench bench-tensorflow lint format sanitize emulate emulate-sanitized wheel audit cuda-check machine-code gpu-check gpu-bench clean
+.PHONY: help build demo examples test test-all test-slow test-examples test-simd bench bench-tensorflow lint format sanitize emulate emulate-sanitized wheel audit cuda-check machine-code gpu-check gpu-bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,8 +54,16 @@ examples: $(VENV)/.build $(VENV)/.examples $(VENV)/.examples-data  ## train all 
 		$(BIN)/python examples/$$name.py --output demo || status=1; \
 	done; $(BIN)/torchrun --nproc-per-node 2 examples/sharded.py || status=1; exit $${status:-0}
 
-test: $(VENV)/.build $(VENV)/.test $(VENV)/.examples-data build/emulator/emulated_kernels.so  ## run the test suite
-	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.build $(VENV)/.test  ## run the tests but for slow ones and those of the examples and the emulator
+	$(PYTEST) -m "not slow" --ignore tests/emulator --ignore tests/examples $(PYTEST_ARGS)
+
+test-all: test test-slow test-examples emulate  ## run all tests that need no GPU
+
+test-slow: $(VENV)/.build $(VENV)/.test  ## run the slow tests
+	$(PYTEST) -m slow --ignore tests/emulator --ignore tests/examples $(PYTEST_ARGS)
+
+test-examples: $(VENV)/.build $(VENV)/.test $(VENV)/.examples-data  ## run the tests of the examples
+	$(PYTEST) tests/examples $(PYTEST_ARGS)
 
 bench: $(VENV)/.build $(VENV)/.bench  ## measure against eager PyTorch and the full softmax; JSON and a table of ratios
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -87,17 +98,17 @@ build/sanitized/test_%: tests/cpp/test_%.cpp tests/cpp/problem.h $(SANITIZED_KER
 sanitize: $(CPP_TESTS)  ## run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	for program in $(CPP_TESTS); do ./$$program || exit 1; done
 
-EMULATED := kernels sampled_loss whole_example scatter row_grad row_step scatter_step shared_loss
+EMULATED := kernels sampled_loss whole_example row_grad row_step scatter_step shared_loss
 EMULATED_HEADERS := $(wildcard csrc/*.h csrc/cuda/*.cuh tests/emulator/*.h)
 EMULATED_FLAGS := -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas \
 	-Wno-missing-field-initializers -I csrc/cuda -I tests/emulator
 SANITIZED := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-build/emulator/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.test
+build/emulator/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.emulator
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) -O2 $$($(BIN)/python -m pybind11 --includes) -c $< -o $@
 
-build/emulator-sanitized/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.test
+build/emulator-sanitized/%.o: tests/emulator/%.cpp $(EMULATED_HEADERS) $(VENV)/.emulator
 	@mkdir -p $(@D)
 	$(CXX) $(EMULATED_FLAGS) $(SANITIZED) $$($(BIN)/python -m pybind11 --includes) -c $< -o $@
 
@@ -111,20 +122,19 @@ build/test-emulator: tests/emulator/test_emulator.cpp $(wildcard tests/emulator/
 	@mkdir -p build
 	$(CXX) -std=c++20 -Wall -Wextra $(SANITIZED) $< -o $@
 
-emulate: build/emulator/emulated_kernels.so  ## run the CUDA kernels on the host, thread by thread, against the oracle
-	NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q --confcutdir=tests/emulator tests/emulator
+emulate: build/emulator/emulated_kernels.so $(VENV)/.test  ## run the CUDA kernels on the host, thread by thread, against the oracle
+	$(PYTEST) --confcutdir=tests/emulator tests/emulator $(PYTEST_ARGS)
 
 # ASan must come first, and libstdc++ with it, or it cannot see exceptions of a module that is loaded later.
-emulate-sanitized: build/test-emulator build/emulator-sanitized/emulated_kernels.so  ## the same under both sanitizers
+emulate-sanitized: build/test-emulator build/emulator-sanitized/emulated_kernels.so $(VENV)/.test  ## the same under both sanitizers
 	./build/test-emulator
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 NCE_EXT_EMULATOR=build/emulator-sanitized NCE_EXT_TEST_REQUIRE_NATIVE=1 \
-		$(BIN)/python -m pytest -q --confcutdir=tests/emulator --capture=sys tests/emulator
+		ASAN_OPTIONS=detect_leaks=0 NCE_EXT_EMULATOR=build/emulator-sanitized \
+		$(PYTEST) --confcutdir=tests/emulator --capture=sys tests/emulator $(PYTEST_ARGS)
 
 test-simd: $(VENV)/.build $(VENV)/.test  ## run the kernel tests on the instruction sets that are not the default here
 	for level in generic avx2; do \
-		NCE_EXT_SIMD=$$level NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -k "not reference" \
-			-m "not slow" $(KERNEL_TESTS) || exit 1; \
+		NCE_EXT_SIMD=$$level $(PYTEST) -k "not reference" -m "not slow" $(KERNEL_TESTS) || exit 1; \
 	done
 
 wheel: $(VENV)/.base $(SOURCES)  ## build an abi3 wheel in dist/

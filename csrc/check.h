@@ -27,6 +27,11 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+// Stands where CUDA needs a guard that makes a tensor's device the current one.
+struct OnCpu {
+  explicit OnCpu(const Tensor&) {}
+};
+
 // The dispatcher picks the device of one argument; the others must be there too.
 inline void check_device(const char* name, const Tensor& t, const Tensor& like) {
   const bool same = t.is_cpu() ? like.is_cpu() : t.is_cuda() && like.is_cuda() && t.get_device() == like.get_device();
@@ -126,18 +131,6 @@ inline void check_sample_shape(int64_t rows, int64_t cols) {
   constexpr int64_t kLimit = int64_t{1} << 32;
   STD_TORCH_CHECK(rows >= 0 && rows <= kLimit, "rows must be in 0 .. 2^32, got ", rows);
   STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
-}
-
-inline Objective objective_of(int64_t kind, double positive_weight, double label_smoothing, double temperature,
-                              bool correct_positive) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= 2, "objective must be 0, 1 or 2, got ", kind);
-  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in 0 .. 1, got ",
-                  label_smoothing);
-  STD_TORCH_CHECK(temperature >= 0, "temperature must be >= 0, got ", temperature);
-  const auto objective = static_cast<ObjectiveKind>(kind);
-  STD_TORCH_CHECK(correct_positive || objective == ObjectiveKind::kSoftmax,
-                  "correct_positive must be True but for the softmax objective");
-  return Objective{objective, positive_weight, label_smoothing, temperature, correct_positive};
 }
 
 // The table is trusted beyond its size: nce_ext.noise builds it, and reading it all would cost O(V) a call.

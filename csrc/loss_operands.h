@@ -1,12 +1,47 @@
-// The operands that all losses have in common, checked and filled in; and the tensors that go with them.
+// Arguments that all losses have in common, in groups: their part of a schema, checked and filled in.
 #pragma once
 
 #include <optional>
 
 #include "check.h"
+#include "operator.h"
 #include "sampled_loss.h"
 
 namespace nce {
+
+// hidden [B, D], weight [V, D], bias [V], target int64 [B, T], log_z [B].
+struct OperandArguments {
+  Tensor hidden, weight;
+  std::optional<Tensor> bias;
+  Tensor target;
+  std::optional<Tensor> log_z;
+  using Fields = TypeList<Tensor, Tensor, std::optional<Tensor>, Tensor, std::optional<Tensor>>;
+};
+
+// How many labels a target gets, what the loss of an example is divided by, and which target is none.
+struct LabelArguments {
+  bool uniform_labels, mean_candidates;
+  int64_t ignore_index;
+  using Fields = TypeList<bool, bool, int64_t>;
+};
+
+struct ObjectiveArguments {
+  int64_t objective;
+  double positive_weight, label_smoothing, temperature;
+  bool correct_positive;
+  using Fields = TypeList<int64_t, double, double, double, bool>;
+};
+
+inline Objective objective_of(const ObjectiveArguments& a) {
+  STD_TORCH_CHECK(a.objective >= 0 && a.objective <= 2, "objective must be 0, 1 or 2, got ", a.objective);
+  STD_TORCH_CHECK(a.label_smoothing >= 0 && a.label_smoothing <= 1, "label_smoothing must be in 0 .. 1, got ",
+                  a.label_smoothing);
+  STD_TORCH_CHECK(a.temperature >= 0, "temperature must be >= 0, got ", a.temperature);
+  const auto kind = static_cast<ObjectiveKind>(a.objective);
+  STD_TORCH_CHECK(a.correct_positive || kind == ObjectiveKind::kSoftmax,
+                  "correct_positive must be True but for the softmax objective");
+  return Objective{kind, a.positive_weight, a.label_smoothing, a.temperature, a.correct_positive};
+}
 
 // Data of a contiguous tensor of that type and shape, or null if there is none.
 inline const void* contiguous_data(const char* name, const std::optional<Tensor>& t, ScalarType type,
@@ -20,11 +55,10 @@ inline const void* contiguous_data(const char* name, const std::optional<Tensor>
 
 // Weight and bias are read only, and with hidden on CUDA may both be in pinned host memory. Returns the storage type of
 // the weight.
-inline Storage fill_operands(LossOperands& p, const Tensor& hidden, const Tensor& weight,
-                             const std::optional<Tensor>& bias, const Tensor& target,
-                             const std::optional<Tensor>& target_log_q, const std::optional<Tensor>& log_z,
-                             double offset, bool uniform_labels, bool mean_candidates, int64_t ignore_index,
-                             const Objective& objective) {
+inline Storage fill_operands(LossOperands& p, const OperandArguments& operands,
+                             const std::optional<Tensor>& target_log_q, double offset, const LabelArguments& labels,
+                             const ObjectiveArguments& objective) {
+  const auto& [hidden, weight, bias, target, log_z] = operands;
   p.weight = readable_data("weight", weight, hidden);
   const Storage storage = storage_of("weight", weight);
   const ScalarType compute = compute_type(storage);
@@ -56,13 +90,13 @@ inline Storage fill_operands(LossOperands& p, const Tensor& hidden, const Tensor
     p.log_z_stride = log_z->stride(0);
   }
   p.offset = offset;
-  p.uniform_labels = uniform_labels;
-  p.mean_candidates = mean_candidates;
-  p.ignore_index = ignore_index;
-  p.objective = objective;
-  STD_TORCH_CHECK(objective.kind == ObjectiveKind::kBinary || !mean_candidates,
+  p.uniform_labels = labels.uniform_labels;
+  p.mean_candidates = labels.mean_candidates;
+  p.ignore_index = labels.ignore_index;
+  p.objective = objective_of(objective);
+  STD_TORCH_CHECK(p.objective.kind == ObjectiveKind::kBinary || !p.mean_candidates,
                   "mean_candidates must be False but for the binary objective");
-  STD_TORCH_CHECK(objective.correct_positive || p.n_targets == 1,
+  STD_TORCH_CHECK(p.objective.correct_positive || p.n_targets == 1,
                   "target must have one column without correct_positive, got ", p.n_targets);
   return storage;
 }

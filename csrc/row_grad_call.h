@@ -6,17 +6,33 @@
 #include <algorithm>
 
 #include "check.h"
+#include "operator.h"
 #include "row_grad.h"
 
 namespace nce {
+
+// The pairs that a gradient of rows is the sum of: ids int32 [B, C] (-1: none), dlogit [B, C], grad_loss [B], hidden
+// [B, D].
+struct PairArguments {
+  Tensor ids, dlogit, grad_loss, hidden;
+  using Fields = TypeList<Tensor, Tensor, Tensor, Tensor>;
+};
+
+// The gradient to make of them, of a table of n_classes rows.
+struct RowGradArguments {
+  int64_t n_classes;
+  ScalarType dtype;
+  bool with_rows, with_bias;
+  using Fields = TypeList<int64_t, ScalarType, bool, bool>;
+};
 
 struct RowGradCall {
   int64_t batch, columns, n_pairs, n_classes, dim;
   Storage storage, hidden_storage;  // of the gradient, of hidden
 };
 
-inline RowGradCall check_row_grad(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss,
-                                  const Tensor& hidden, int64_t n_classes, ScalarType dtype) {
+inline RowGradCall check_row_grad(const PairArguments& pairs, int64_t n_classes, ScalarType dtype) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
   check_tensor("ids", ids, ScalarType::Int, hidden);
   STD_TORCH_CHECK(ids.dim() == 2 && ids.is_contiguous(), "ids must be 2-D and contiguous, got ", shape_of(ids));
   STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",

@@ -21,14 +21,20 @@ namespace nce {
 
 enum class StepRule : int32_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
 
-// "compute" is float, or double if the weight is stored as double. State rows lie `dim` apart.
-struct RowStep {
+// What a step takes besides tensors. momentum, dampening and nesterov are SGD's, beta1 and beta2 Adam's.
+struct Hyperparameters {
   StepRule rule;
   bool nesterov, maximize;
-  double rate, weight_decay, beta1, beta2, eps;  // SGD: beta1 is its momentum, beta2 its dampening
-  double log_decay;                              // sum over all steps of log(factor of decoupled decay)
-  int64_t step;                                  // of the optimizer, from 1
+  int64_t step;         // of the optimizer, from 1
+  double rate;          // learning rate
+  double weight_decay;  // coupled: added to the gradient, times the weight
+  double log_decay;     // decoupled: sum over all steps of log(factor of the weight)
+  double momentum, dampening, beta1, beta2, eps;
+};
 
+// A step on rows of one table. "compute" is float, or double if the weight is stored as double. State rows lie `dim`
+// apart.
+struct RowStep : Hyperparameters {
   int64_t dim, n_rows;
   void* weight;
   int64_t weight_stride;
@@ -102,8 +108,8 @@ NCE_HD RowNumbers<Real> numbers_of(const RowStep& p, int64_t row) {
     n.root_correction = static_cast<Real>(square_root(1 - power(p.beta2, touches)));
   } else {
     const bool first_touch = p.row_steps && p.row_steps[row] == 0;
-    n.keep1 = static_cast<Real>(p.beta1);
-    n.take1 = first_touch ? Real(1) : static_cast<Real>(1 - p.beta2);
+    n.keep1 = static_cast<Real>(p.momentum);
+    n.take1 = first_touch ? Real(1) : static_cast<Real>(1 - p.dampening);
     n.keep2 = n.take2 = n.root_correction = Real(1);
   }
   return n;

@@ -1,25 +1,30 @@
-// A call of row_step_ or row_grad_step_ on any device, its arguments checked.
+// The operators row_step_ and row_grad_step_: their arguments, which are checked here, as a device's code takes them.
+// Each device registers an instance of the two entries, for a function of its own that does the work.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
+#include <tuple>
 
 #include "check.h"
+#include "row_grad_call.h"
 #include "row_step.h"
 
 namespace nce {
 
-// The numbers of a step, as the operators take them.
-struct StepNumbers {
-  int64_t rule, step;
-  double rate, weight_decay, log_decay, beta1, beta2, eps;
-  bool nesterov, maximize;
+// The state of a table; csrc/row_step.h says what each is.
+struct StateArguments {
+  std::optional<Tensor> first, second, row_steps, decayed, master;
+  using Fields = TypeList<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                          std::optional<Tensor>>;
 };
 
-// The state of a table, as the operators take it.
-struct StepState {
-  const std::optional<Tensor>&first, &second, &row_steps, &decayed, &master;
+struct HyperparameterArguments {
+  int64_t rule, step;
+  double rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps;
+  bool nesterov, maximize;
+  using Fields = TypeList<int64_t, int64_t, double, double, double, double, double, double, double, double, bool, bool>;
 };
 
 inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wanted, ScalarType type,
@@ -32,34 +37,40 @@ inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wan
   return t->mutable_data_ptr();
 }
 
-inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
+inline Hyperparameters hyperparameters_of(const HyperparameterArguments& a) {
+  STD_TORCH_CHECK(a.rule >= 0 && a.rule <= 3, "rule must be 0, 1, 2 or 3, got ", a.rule);
+  return {static_cast<StepRule>(a.rule),
+          a.nesterov,
+          a.maximize,
+          a.step,
+          a.rate,
+          a.weight_decay,
+          a.log_decay,
+          a.momentum,
+          a.dampening,
+          a.beta1,
+          a.beta2,
+          a.eps};
+}
+
+inline RowStep prepare_row_step(const Tensor& weight, const StateArguments& state,
                                 const std::optional<Tensor>& gradient_scale, const std::optional<Tensor>& seed,
-                                const StepNumbers& numbers) {
-  STD_TORCH_CHECK(numbers.rule >= 0 && numbers.rule <= 3, "rule must be 0, 1, 2 or 3, got ", numbers.rule);
+                                const Hyperparameters& hyperparameters) {
   check_rows("weight", weight);
   const Storage storage = storage_of("weight", weight);
   const ScalarType compute = compute_type(storage);
   const int64_t n_rows = weight.size(0), dim = weight.size(1);
   STD_TORCH_CHECK(n_rows <= 1 || weight.stride(0) >= dim, "weight must have rows that do not overlap");
   RowStep p{};
-  p.rule = static_cast<StepRule>(numbers.rule);
-  p.nesterov = numbers.nesterov;
-  p.maximize = numbers.maximize;
-  p.rate = numbers.rate;
-  p.weight_decay = numbers.weight_decay;
-  p.beta1 = numbers.beta1;
-  p.beta2 = numbers.beta2;
-  p.eps = numbers.eps;
-  p.log_decay = numbers.log_decay;
-  p.step = numbers.step;
+  static_cast<Hyperparameters&>(p) = hyperparameters;
   p.dim = dim;
   p.n_rows = n_rows;
   p.weight = weight.mutable_data_ptr();
   p.weight_stride = weight.stride(0);
   const bool adam = p.rule == StepRule::kAdam, sgd = p.rule == StepRule::kSgd;
   STD_TORCH_CHECK(!adam || (state.first && state.second), "first and second must be given with rule 3");
-  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", numbers.rule);
-  STD_TORCH_CHECK(!adam || state.row_steps || numbers.step >= 1, "step must be >= 1, got ", numbers.step);
+  STD_TORCH_CHECK(adam || sgd || state.second, "second must be given with rule ", static_cast<int>(p.rule));
+  STD_TORCH_CHECK(!adam || state.row_steps || p.step >= 1, "step must be >= 1, got ", p.step);
   p.first = state_of("first", state.first, adam || sgd, compute, {n_rows, dim}, weight);
   if (p.rule == StepRule::kRowwiseAdagrad) {
     p.second = state_of("second", state.second, true, compute, {n_rows}, weight);
@@ -85,8 +96,18 @@ inline RowStep prepare_row_step(const Tensor& weight, const StepState& state,
   return p;
 }
 
-// Of row_step_: the rows' gradient, and their classes if not all rows are stepped on.
-inline void check_gradient(const Tensor& gradient, const std::optional<Tensor>& classes, const Tensor& weight) {
+struct RowStepCall {
+  RowStep step;
+  Storage storage;         // of weight and gradient
+  int64_t n;               // rows to step on
+  const int64_t* classes;  // [n]; null: rows 0 .. n - 1
+  const void* gradient;    // [n, dim]
+  int64_t gradient_stride;
+  const Tensor& weight;  // where kernels run and allocate
+};
+
+inline RowStepCall prepare_row_step_call(const RowStep& step, const Tensor& weight,
+                                         const std::optional<Tensor>& classes, const Tensor& gradient) {
   check_tensor("gradient", gradient, weight.scalar_type(), weight);
   check_rows("gradient", gradient);
   int64_t rows = weight.size(0);
@@ -97,6 +118,44 @@ inline void check_gradient(const Tensor& gradient, const std::optional<Tensor>& 
     rows = classes->size(0);
   }
   check_shape("gradient", gradient, {rows, weight.size(1)});
+  return {step,
+          storage_of("weight", weight),
+          rows,
+          classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr,
+          gradient.const_data_ptr(),
+          gradient.stride(0),
+          weight};
+}
+
+// The pairs are checked where they are sorted.
+struct RowGradStepCall {
+  RowStep step;
+  const PairArguments& pairs;
+  const Tensor& weight;
+  bool with_bias;
+};
+
+// Run: void (const RowStepCall&).
+template <auto Run>
+void row_step_(const Tensor& weight, const std::optional<Tensor>& classes, const Tensor& gradient,
+               const StateArguments& state, const std::optional<Tensor>& gradient_scale,
+               const std::optional<Tensor>& seed, const HyperparameterArguments& hyperparameters) {
+  const RowStep p = prepare_row_step(weight, state, gradient_scale, seed, hyperparameters_of(hyperparameters));
+  Run(prepare_row_step_call(p, weight, classes, gradient));
+}
+
+// Run: std::tuple<Tensor, Tensor> (const RowGradStepCall&).
+template <auto Run>
+std::tuple<Tensor, Tensor> row_grad_step_(const PairArguments& pairs, const Tensor& weight, const StateArguments& state,
+                                          const std::optional<Tensor>& gradient_scale,
+                                          const std::optional<Tensor>& seed, bool with_bias,
+                                          const HyperparameterArguments& hyperparameters) {
+  const RowStep p = prepare_row_step(weight, state, gradient_scale, seed, hyperparameters_of(hyperparameters));
+  const Tensor& hidden = pairs.hidden;
+  check_device("weight", weight, hidden);
+  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have ", p.dim, " columns, got shape ", shape_of(hidden));
+  STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
+  return Run(RowGradStepCall{p, pairs, weight, with_bias});
 }
 
 }  // namespace nce

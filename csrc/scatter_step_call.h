@@ -1,4 +1,5 @@
-// A call of scatter_step_ on any device, its arguments checked.
+// The operator scatter_step_: its arguments, which are checked here, as a device's code takes them. Each device
+// registers an instance of the entry, for a function of its own that does the work.
 #pragma once
 
 #include <optional>
@@ -8,12 +9,12 @@
 
 namespace nce {
 
-inline ScatterStep prepare_scatter_step(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss,
-                                        const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-                                        double rate) {
+inline ScatterStep prepare_scatter_step(const PairArguments& pairs, const Tensor& weight,
+                                        const std::optional<Tensor>& bias, double rate) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
   check_tensor("weight", weight, ScalarType::Float, hidden);
   check_rows("weight", weight);
-  const RowGradCall call = check_row_grad(ids, dlogit, grad_loss, hidden, weight.size(0), ScalarType::Float);
+  const RowGradCall call = check_row_grad(pairs, weight.size(0), ScalarType::Float);
   STD_TORCH_CHECK(hidden.size(1) == weight.size(1), "hidden must have ", weight.size(1), " columns, got ",
                   hidden.size(1));
   if (bias) {
@@ -38,6 +39,12 @@ inline ScatterStep prepare_scatter_step(const Tensor& ids, const Tensor& dlogit,
   p.bias = bias ? static_cast<float*>(bias->mutable_data_ptr()) : nullptr;
   p.rate = static_cast<float>(rate);
   return p;
+}
+
+// Run: void (const ScatterStep&, const Tensor& weight), where the tensor says where kernels run.
+template <auto Run>
+void scatter_step_(const PairArguments& pairs, const Tensor& weight, const std::optional<Tensor>& bias, double rate) {
+  Run(prepare_scatter_step(pairs, weight, bias, rate), weight);
 }
 
 }  // namespace nce

@@ -11,9 +11,10 @@ struct SharedLoss : LossOperands {
   int64_t n_columns;
   const void* column_shift;  // compute, [n_columns], added to a column's scores: bias - log q - offset
   const void* multiplicity;  // compute, [n_columns], how often a column counts, or null: once
-  const int32_t* hits;    // [batch, n_targets, 2], columns from .. to - 1 are the target's class; or null: none masked
-  const void* row_scale;  // compute, [batch], or null; multiplies all derivatives, and not the loss
-  int64_t n_draws;        // for mean_candidates
+  const int32_t*
+      accidental_hits;  // [batch, n_targets, 2], columns from .. to - 1 are the target's class; or null: none masked
+  const void* example_weight;  // compute, [batch], or null; multiplies all derivatives, and not the loss
+  int64_t n_draws;             // for mean_candidates
 
   void* logits;  // compute, [batch, n_columns]; <hidden, row of the column> in, derivatives out
   int64_t logits_stride;

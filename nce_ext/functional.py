@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
-from nce_ext._sampled import arguments as _call
-from nce_ext._sampled import loss as _sampled
+from nce_ext._ops.row_grad import GradientPairs
+from nce_ext._ops.sampled_loss import sampled_loss
+from nce_ext._ops.scatter_step import scatter_step_
+from nce_ext._sampled.arguments import (
+    check_margin,
+    negative_sampling_objective,
+    softmax_objective,
+    validate_and_flatten,
+)
+from nce_ext._sampled.loss import inputs_of, reduced_loss, run_with_id_errors
 from nce_ext.noise import Noise
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["hogwild_sgd_", "nce_loss", "negative_sampling_loss", "sampled_softmax_loss"]
 
@@ -106,7 +114,7 @@ def nce_loss(
             correction (its log q is -inf). On CUDA ids are not checked, see :func:`nce_ext.set_debug`.
         RuntimeError: ``backend="fused"`` without compiled kernels for the device; differentiating twice.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives, bias=bias, shared=shared, unique=unique, correction=correction,
         log_z=log_z, remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
         ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
@@ -168,10 +176,10 @@ def negative_sampling_loss(
         As :func:`nce_loss`. ValueError: a temperature that is not positive, a margin that is not finite, a calibration
             outside 0 .. 1; ``candidate_reduction="mean"`` with a temperature, whose weights are an average already.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives,
-        objective=_call.negative_sampling_objective(adversarial_temperature, calibration), calibration=calibration,
-        margin=_call.check_margin(margin), bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z,
+        objective=negative_sampling_objective(adversarial_temperature, calibration), calibration=calibration,
+        margin=check_margin(margin), bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z,
         remove_hits=remove_hits, candidate_reduction=candidate_reduction, positive_label=positive_label,
         ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
         sample_weight=sample_weight, reduction=reduction, sparse=sparse,
@@ -232,9 +240,9 @@ def sampled_softmax_loss(
         As :func:`nce_loss`. ValueError: a smoothing outside 0 .. 1; ``correct_positive=False`` with several targets,
             ``unique``, ``remove_hits=False`` or ``correction="none"``.
     """
-    return _sampled.sampled_loss(
+    return reduced_loss(
         hidden, weight, target, noise, num_negatives,
-        objective=_call.softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique,
+        objective=softmax_objective(label_smoothing, correct_positive), bias=bias, shared=shared, unique=unique,
         correction=correction, log_z=0.0, remove_hits=remove_hits, candidate_reduction="sum",
         positive_label=positive_label, ignore_index=ignore_index, backend=backend, negatives=negatives, log_q=log_q,
         seed=seed, generator=generator, sample_weight=sample_weight, reduction=reduction, sparse=sparse,
@@ -273,12 +281,12 @@ def hogwild_sgd_(
         weight -= learning_rate * weight.grad; bias -= learning_rate * bias.grad
         return losses, hidden.grad
 
-    On CUDA a single kernel samples, reads the rows, and adds to them by atomics: no gradient of the rows ever exists,
-    nothing is sorted, and nothing is saved. An example may read a row that others have changed already, and additions
-    come in no order, so the result differs slightly from run to run (Recht et al., "Hogwild!: a lock-free approach to
-    parallelizing stochastic gradient descent", NeurIPS 2011; it is how word2vec trains). Elsewhere the step is
-    the exact one above: every example reads the weights as they were. autograd is not involved; train what made
-    ``hidden`` by ``hidden.backward(gradient)``.
+    On CUDA one kernel samples and reads the rows, and another adds to them by atomics: no gradient of the rows ever
+    exists, and nothing is sorted; 8 bytes a pair (id and derivative) lie between the two. Every example reads the
+    weights as they were, but additions come in no order, so the rows differ slightly from run to run (Recht et al.,
+    "Hogwild!: a lock-free approach to parallelizing stochastic gradient descent", NeurIPS 2011; it is how word2vec
+    trains). Elsewhere the step is the exact one above. autograd is not involved; train what made ``hidden`` by
+    ``hidden.backward(gradient)``.
 
     Args: as :func:`nce_loss`, but for
         weight: on CUDA float32; every row is written by many, so it must not be expanded (its stride of rows >= D).
@@ -303,19 +311,21 @@ def hogwild_sgd_(
         candidate_reduction=candidate_reduction, positive_label=positive_label, ignore_index=ignore_index,
         backend=backend, negatives=negatives, log_q=log_q, seed=seed, generator=generator,
     )  # fmt: skip
-    call = _call.prepare(hidden, weight, target, noise, num_negatives, **options)
+    call = validate_and_flatten(hidden, weight, target, noise, num_negatives, **options)
     if weight.shape[0] > 1 and weight.stride(0) < weight.shape[1]:
         raise ValueError(f"weight must have rows that do not overlap to be changed in place, got {weight.stride()}")
-    if call.fused and hidden.device.type == "cuda":
+    if call.layout.fused and hidden.device.type == "cuda":
         if weight.dtype != torch.float32:
             raise TypeError(f"weight must be float32 to be changed in place on CUDA, got {weight.dtype}")
-        given = (target, negatives, noise, ignore_index, call.subtract_log_q, log_q)
-        losses, gradient = _sampled.guarded(
-            _ops.scatter_sgd_, (*call.operator_arguments(), True, float(learning_rate)), given, check_first=True
-        )
-        return losses.reshape(call.lead), gradient.reshape(hidden.shape)
+        inputs = inputs_of(call, grad_enabled=False)._replace(needs_hidden_grad=True, needs_row_grad=True)
+        id_check_args = (target, negatives, noise, ignore_index, call.correction.subtract_log_q, log_q)
+        made = run_with_id_errors(lambda: sampled_loss(inputs), id_check_args, hidden.device)
+        ones = made.loss.new_ones(1).expand_as(made.loss)  # what a backward pass from their sum would begin with
+        pairs = GradientPairs(made.ids, made.dlogit, ones, inputs.hidden)
+        scatter_step_(pairs, weight.detach(), None if bias is None else bias.detach(), float(learning_rate))
+        return made.loss.reshape(call.layout.batch_shape), made.grad_hidden.reshape(hidden.shape)
     with torch.enable_grad():
-        compute = torch.promote_types(weight.dtype, torch.float32)
+        compute = compute_dtype(weight.dtype)
         leaves = [t.detach().requires_grad_() for t in (hidden.to(compute), weight, bias) if t is not None]
         options["bias"] = leaves[2] if bias is not None else None
         losses = nce_loss(leaves[0], leaves[1], target, noise, num_negatives, reduction="none", sparse=True, **options)

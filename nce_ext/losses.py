@@ -1,18 +1,27 @@
-"""The losses as modules: they hold the output layer and the options, and call ``nce_ext.functional``."""
+"""The losses as modules: they hold the output layer and the options of ``nce_ext.functional``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nce_ext import _checks, functional
+from nce_ext import _checks
 from nce_ext._checks import describe
-from nce_ext._sampled import arguments as _call
+from nce_ext._sampled.arguments import (
+    calibrated_weight,
+    check_margin,
+    check_objective,
+    check_options,
+    check_unique,
+    gradient_layout,
+    negative_sampling_objective,
+    softmax_objective,
+)
+from nce_ext._sampled.loss import reduced_loss
 from nce_ext._tables.pages import empty_table
 from nce_ext._tables.pinned import PinnedTables
 from nce_ext.noise import Noise
@@ -25,9 +34,7 @@ __all__ = ["NCELoss", "NegativeSamplingLoss", "SampledSoftmaxLoss"]
 class _SampledLoss(PinnedTables):
     """An output layer and a loss over its classes; subclasses choose the function and its defaults."""
 
-    _function: Callable[..., Tensor]
     _shown: ClassVar[tuple[str, ...]] = ("shared", "unique")  # in the repr, where they are set
-    _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": False, "positive_label": "one"}
 
     def __init__(
         self,
@@ -39,18 +46,17 @@ class _SampledLoss(PinnedTables):
         bias: bool = True,
         shared: bool = False,
         unique: bool | str = False,
-        correction: str | None = None,
+        correction: str = "log_kq",
         log_z: float | str = 0.0,
-        remove_hits: bool | None = None,
+        remove_hits: bool = False,
         candidate_reduction: str = "sum",
-        positive_label: str | None = None,
+        positive_label: str = "one",
         reduction: str = "mean",
         ignore_index: int = -100,
         sparse: bool | str = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        objective: Objective = BINARY_OBJECTIVE,
     ) -> None:
         super().__init__()
         self.in_features = _checks.count("in_features", in_features, 1)
@@ -60,16 +66,15 @@ class _SampledLoss(PinnedTables):
         if noise.n_classes != n_classes:
             raise ValueError(f"noise must have n_classes = {n_classes} classes, got {noise.n_classes}")
         self.num_negatives = _checks.count("num_negatives", num_negatives, 0, 2**20)
-        self.correction = self._defaults["correction"] if correction is None else correction
-        self.remove_hits = self._defaults["remove_hits"] if remove_hits is None else remove_hits
-        self.positive_label = self._defaults["positive_label"] if positive_label is None else positive_label
-        _call.check_options(self.correction, candidate_reduction, self.positive_label, reduction, ignore_index)
-        _call.check_unique(unique, self.correction, objective)
-        _call.check_objective(objective, self.remove_hits, candidate_reduction, log_z, self.correction)
+        check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+        objective = self._objective()
+        check_unique(unique, correction, objective)
+        check_objective(objective, remove_hits, candidate_reduction, log_z, correction)
         _checks.one_of("backend", backend, ("auto", "fused", "reference"))
-        _call.gradient_layout(sparse)
-        if self.correction == "log_kq" and num_negatives == 0:
+        gradient_layout(sparse)
+        if correction == "log_kq" and num_negatives == 0:
             raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
+        self.correction, self.remove_hits, self.positive_label = correction, remove_hits, positive_label
         self.shared, self.unique, self.candidate_reduction = shared, unique, candidate_reduction
         self.reduction, self.ignore_index, self.sparse, self.backend = reduction, ignore_index, sparse, backend
 
@@ -118,17 +123,31 @@ class _SampledLoss(PinnedTables):
         All arguments are those of :func:`nce_ext.functional.nce_loss`; ``log_z`` given here, say one value per
         example from a network, takes the place of the module's. A softmax loss takes none: it cancels there.
         """
-        if log_z is None:
-            log_z = self.log_z
-        function, options = type(self)._function, self._options(log_z)
-        options.update(
-            negatives=negatives, log_q=log_q, sample_weight=sample_weight, seed=seed, generator=generator
+        options = dict(
+            bias=self.bias, log_z=self._log_z(log_z), objective=self._objective(), negatives=negatives, log_q=log_q,
+            sample_weight=sample_weight, seed=seed, generator=generator, **self._call_options(),
         )  # fmt: skip
         if self._fused is not None and torch.is_grad_enabled():
             return self._fused.loss(
-                function, hidden, self.weight, self.bias, target, self.noise, self.num_negatives, options
-            )
-        return function(hidden, self.weight, target, self.noise, self.num_negatives, bias=self.bias, **options)
+                reduced_loss, hidden, self.weight, target, self.noise, self.num_negatives, options
+            )  # fmt: skip
+        return reduced_loss(hidden, self.weight, target, self.noise, self.num_negatives, **options)
+
+    def _objective(self) -> Objective:
+        """Say what is made of an example's scores."""
+        return BINARY_OBJECTIVE
+
+    def _log_z(self, given: float | Tensor | None) -> float | Tensor:
+        """Choose between the call's log_z and the module's."""
+        return self.log_z if given is None else given
+
+    def _call_options(self) -> dict[str, Any]:
+        """List the options of a call that are the module's own, by their names in ``validate_and_flatten``."""
+        return dict(
+            shared=self.shared, unique=self.unique, correction=self.correction, remove_hits=self.remove_hits,
+            candidate_reduction=self.candidate_reduction, positive_label=self.positive_label, reduction=self.reduction,
+            ignore_index=self.ignore_index, sparse=self.sparse, backend=self.backend,
+        )  # fmt: skip
 
     def fuse_optimizer(
         self,
@@ -200,15 +219,6 @@ class _SampledLoss(PinnedTables):
         """Undo :meth:`fuse_optimizer`: backward gives gradients again. What has been accumulated is dropped."""
         self._fused = None
 
-    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
-        """What this loss's function takes of the module's options."""
-        return dict(
-            shared=self.shared, unique=self.unique, correction=self.correction, log_z=log_z,
-            remove_hits=self.remove_hits, candidate_reduction=self.candidate_reduction,
-            positive_label=self.positive_label, reduction=self.reduction, ignore_index=self.ignore_index,
-            sparse=self.sparse, backend=self.backend,
-        )  # fmt: skip
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all classes: ``F.linear(hidden, weight, bias)``, [..., V]. Costs O(V D) an example."""
         return F.linear(hidden, self.weight, self.bias)
@@ -261,8 +271,6 @@ class NCELoss(_SampledLoss):
     The other options, the formula and what is raised when: :func:`nce_ext.functional.nce_loss`.
     """
 
-    _function = staticmethod(functional.nce_loss)
-
 
 class NegativeSamplingLoss(_SampledLoss):
     """word2vec's negative-sampling loss, self-adversarial negative sampling, and gBCE.
@@ -279,9 +287,7 @@ class NegativeSamplingLoss(_SampledLoss):
     :func:`nce_ext.functional.negative_sampling_loss`.
     """
 
-    _function = staticmethod(functional.negative_sampling_loss)
     _shown: ClassVar = (*_SampledLoss._shown, "adversarial_temperature", "margin", "calibration")
-    _defaults: ClassVar[Mapping[str, Any]] = {**_SampledLoss._defaults, "correction": "none"}
 
     def __init__(
         self,
@@ -293,20 +299,38 @@ class NegativeSamplingLoss(_SampledLoss):
         adversarial_temperature: float | None = None,
         margin: float = 0.0,
         calibration: float | None = None,
-        **options: Any,
+        bias: bool = True,
+        shared: bool = False,
+        unique: bool | str = False,
+        correction: str = "none",
+        log_z: float | str = 0.0,
+        remove_hits: bool = False,
+        candidate_reduction: str = "sum",
+        positive_label: str = "one",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        sparse: bool | str = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        objective = _call.negative_sampling_objective(adversarial_temperature, calibration)
-        super().__init__(in_features, n_classes, noise, num_negatives, objective=objective, **options)
-        if calibration is not None:
-            _call.calibrated_weight(calibration, num_negatives, n_classes)
+        # The constructor of the base asks for the objective.
         self.adversarial_temperature, self.calibration = adversarial_temperature, calibration
-        self.margin = _call.check_margin(margin)
+        super().__init__(
+            in_features, n_classes, noise, num_negatives,
+            bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z, remove_hits=remove_hits,
+            candidate_reduction=candidate_reduction, positive_label=positive_label, reduction=reduction,
+            ignore_index=ignore_index, sparse=sparse, backend=backend, device=device, dtype=dtype,
+        )  # fmt: skip
+        if calibration is not None:
+            calibrated_weight(calibration, num_negatives, n_classes)
+        self.margin = check_margin(margin)
 
-    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
-        own = dict(
-            adversarial_temperature=self.adversarial_temperature, margin=self.margin, calibration=self.calibration
-        )
-        return {**super()._options(log_z), **own}
+    def _objective(self) -> Objective:
+        return negative_sampling_objective(self.adversarial_temperature, self.calibration)
+
+    def _call_options(self) -> dict[str, Any]:
+        return {**super()._call_options(), "calibration": self.calibration, "margin": self.margin}
 
 
 class SampledSoftmaxLoss(_SampledLoss):
@@ -325,9 +349,7 @@ class SampledSoftmaxLoss(_SampledLoss):
     :func:`nce_ext.functional.sampled_softmax_loss`.
     """
 
-    _function = staticmethod(functional.sampled_softmax_loss)
     _shown: ClassVar = (*_SampledLoss._shown, "label_smoothing")
-    _defaults: ClassVar[Mapping[str, Any]] = {"correction": "log_kq", "remove_hits": True, "positive_label": "uniform"}
 
     def __init__(
         self,
@@ -338,15 +360,35 @@ class SampledSoftmaxLoss(_SampledLoss):
         *,
         label_smoothing: float = 0.0,
         correct_positive: bool = True,
-        **options: Any,
+        bias: bool = True,
+        shared: bool = False,
+        unique: bool | str = False,
+        correction: str = "log_kq",
+        log_z: float | str = 0.0,
+        remove_hits: bool = True,
+        candidate_reduction: str = "sum",
+        positive_label: str = "uniform",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        sparse: bool | str = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        objective = _call.softmax_objective(label_smoothing, correct_positive)
-        super().__init__(in_features, n_classes, noise, num_negatives, objective=objective, **options)
+        # The constructor of the base asks for the objective.
         self.label_smoothing, self.correct_positive = label_smoothing, correct_positive
+        super().__init__(
+            in_features, n_classes, noise, num_negatives,
+            bias=bias, shared=shared, unique=unique, correction=correction, log_z=log_z, remove_hits=remove_hits,
+            candidate_reduction=candidate_reduction, positive_label=positive_label, reduction=reduction,
+            ignore_index=ignore_index, sparse=sparse, backend=backend, device=device, dtype=dtype,
+        )  # fmt: skip
 
-    def _options(self, log_z: float | Tensor) -> dict[str, Any]:
+    def _objective(self) -> Objective:
+        return softmax_objective(self.label_smoothing, self.correct_positive)
+
+    def _log_z(self, given: float | Tensor | None) -> float | Tensor:
+        log_z = super()._log_z(given)
         if isinstance(log_z, Tensor) or log_z != 0:
             raise ValueError(f"log_z must be None or 0.0 with a softmax loss, in which it cancels, got {log_z!r}")
-        options = super()._options(log_z)
-        del options["log_z"], options["candidate_reduction"]
-        return {**options, "label_smoothing": self.label_smoothing, "correct_positive": self.correct_positive}
+        return log_z

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _ops
+from nce_ext import _checks, _private_torch
 from nce_ext._checks import describe
+from nce_ext._ops.row_grad import coalesce
 from nce_ext._warnings import warn_user
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
@@ -193,13 +194,13 @@ def _coalesced(gradients: _Gradients) -> _Gradients:
         for _, grad in gradients:
             if not grad.is_sparse or id(grad) in made:
                 continue
-            summed = grad if grad.is_coalesced() else _ops.coalesce(grad)
-            values = summed._values()
+            summed = grad if grad.is_coalesced() else coalesce(grad)
+            values = _private_torch.coo_rows(summed)
             if values.numel():
                 expanded = any(step == 0 and size > 1 for step, size in zip(values.stride(), values.shape, strict=True))
                 if expanded or values.untyped_storage().data_ptr() in taken:
                     summed = summed.clone()
-                taken.add(summed._values().untyped_storage().data_ptr())
+                taken.add(_private_torch.coo_rows(summed).untyped_storage().data_ptr())
             made[id(grad)] = summed
     return [(parameter, made.get(id(grad), grad)) for parameter, grad in gradients]
 
@@ -209,7 +210,7 @@ def _stand_ins(gradients: _Gradients) -> list[Tensor]:
     stand_ins = []
     for parameter, grad in gradients:
         if grad.is_sparse:
-            values = grad._values().detach()
+            values = _private_torch.coo_rows(grad).detach()
             if not values.numel() and grad.numel():
                 values = values.new_zeros(1)  # the largest of no elements is an error, the largest of only zeros is 0
             parameter = values.detach()

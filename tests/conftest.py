@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the processors. What needs several threads asks for them.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ with warnings.catch_warnings():
     import on_cuda
     from native import require_native
 
-    from nce_ext._sampled import loss as _sampled
+    from nce_ext import _warnings
 
 
 @pytest.fixture
@@ -22,13 +27,16 @@ def native() -> None:
 
 
 # Files whose tests of the fused backend run on a GPU as well.
-ON_CUDA = ("gradients", "hogwild", "layouts", "losses", "presets", "property", "sampled_loss", "tensorflow")
+ON_CUDA = (
+    "test_hogwild_loss", "test_loss_gradients", "test_loss_modules", "test_nce_loss", "test_published_losses",
+    "test_random_shapes", "test_strided_tensors", "test_tensorflow_losses",
+)  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         backends = ["reference", "fused"]
-        if metafunc.module.__name__.removeprefix("test_") in ON_CUDA and (on_cuda.available() or on_cuda.MUST_RUN):
+        if metafunc.module.__name__ in ON_CUDA and (on_cuda.available() or on_cuda.MUST_RUN):
             backends.append("cuda")
         metafunc.parametrize("backend", backends, indirect=True)
 
@@ -58,7 +66,7 @@ def known_state():
     Deterministic mode makes ``torch.empty`` hand out NaN (or the largest integer), so an output that a kernel leaves
     unwritten fails the comparison instead of passing by luck. warn_only: other torch ops need not be deterministic.
     """
-    threads, warned = torch.get_num_threads(), set(_sampled._warned)
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20261121)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -66,8 +74,7 @@ def known_state():
         yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
-    _sampled._warned.clear()
-    _sampled._warned.update(warned)
+    _warnings.forget()
 
 
 @pytest.fixture

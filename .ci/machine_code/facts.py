@@ -16,7 +16,7 @@ import sass
 
 WARP = 32
 SEGMENT_ROWS = 4  # SegmentSums::kRows
-PURPOSES = ("binary", "update", "whole")  # Purpose
+PURPOSES = ("binary", "whole")  # Purpose
 
 # Of one H200: instructions that its warp schedulers issue in a second, and bytes that its memory delivers.
 ISSUE_SLOTS_PER_SECOND = 4 * 132 * 1.755e9

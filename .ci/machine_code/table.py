@@ -13,16 +13,11 @@ VECTOR_REDUCTIONS = ("sm_90", "sm_100")  # have them
 
 # Kernels that may spill, with the reason.
 BY_ELEMENTS = (
-    "rows that can only be read, or updated, element by element: "
-    "a few registers, kept across the draw of a tile's candidates"
+    "rows that can only be read element by element: a few registers, kept across the draw of a tile's candidates"
 )
-BY_16_WARPS = "rows of more than 8192 elements, updated by as many warps as a block may have: 8 bytes once a tile"
 ALLOWED_SPILLS: dict[str, str] = {
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,binary>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,update>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,binary>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,8,update>": BY_ELEMENTS,
-    "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,16,update>": BY_16_WARPS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,binary>": BY_ELEMENTS,
     "sampled_loss_kernel<float,RowShape<8,32,1,1,true,true>,0,whole>": BY_ELEMENTS,
     "sampled_loss_kernel<BFloat16,RowShape<4,32,2,1,true,true>,0,whole>": BY_ELEMENTS,
@@ -148,9 +143,6 @@ def required(name: str, architecture: str, facts: Facts) -> list[str]:
     vectors = shape.vectors * facts.loop.rows // shape.rows
     if shape.access == 16 and facts.wide_loads < vectors:
         wrong.append(f"ld16: {facts.wide_loads} in the row loop, which loads {vectors} vectors")
-    adds = shape.purpose == "update" and architecture in VECTOR_REDUCTIONS
-    if shape.access == 16 and adds and facts.wide_reductions < vectors:
-        wrong.append(f"red16: {facts.wide_reductions} in the row loop, which adds to {vectors} vectors")
     return wrong
 
 

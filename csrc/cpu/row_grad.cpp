@@ -18,17 +18,16 @@ void sum_segments(const Segments& s) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
-                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias,
-                                            bool padded) {
-  Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+std::tuple<Tensor, Tensor, Tensor> row_grad(const PairArguments& pairs, const RowGradArguments& gradient, bool padded) {
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
+  Segments s = sort_segments(pairs, n_classes, dtype);
   const int64_t n_rows = padded ? s.n_padded : s.size();
   const auto allocate = [&](const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
     return padded ? torch::stable::new_zeros(like, sizes, type) : torch::stable::new_empty(like, sizes, type);
   };
-  Tensor classes = allocate(ids, {n_rows}, ScalarType::Long);
-  Tensor rows = allocate(hidden, {with_rows ? n_rows : 0, s.p.dim}, dtype);
-  Tensor bias = allocate(hidden, {with_bias ? n_rows : 0}, dtype);
+  Tensor classes = allocate(pairs.ids, {n_rows}, ScalarType::Long);
+  Tensor rows = allocate(pairs.hidden, {with_rows ? n_rows : 0, s.p.dim}, dtype);
+  Tensor bias = allocate(pairs.hidden, {with_bias ? n_rows : 0}, dtype);
   s.write_classes(static_cast<int64_t*>(classes.mutable_data_ptr()));
   if (with_rows) {
     s.p.values = rows.mutable_data_ptr();
@@ -39,11 +38,11 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
   return {classes, rows, bias};
 }
 
-std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes,
-                                          ScalarType dtype, bool with_rows, bool with_bias) {
-  Segments s = sort_segments(ids, dlogit, grad_loss, hidden, n_classes, dtype);
-  Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, s.p.dim}, dtype);
-  Tensor bias = torch::stable::new_zeros(hidden, {with_bias ? n_classes : 0}, dtype);
+std::tuple<Tensor, Tensor> row_grad_dense(const PairArguments& pairs, const RowGradArguments& gradient) {
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
+  Segments s = sort_segments(pairs, n_classes, dtype);
+  Tensor rows = torch::stable::new_zeros(pairs.hidden, {with_rows ? n_classes : 0, s.p.dim}, dtype);
+  Tensor bias = torch::stable::new_zeros(pairs.hidden, {with_bias ? n_classes : 0}, dtype);
   s.p.by_class = true;
   if (with_rows) s.p.values = rows.mutable_data_ptr();
   if (with_bias) s.p.bias = bias.mutable_data_ptr();
@@ -55,6 +54,6 @@ std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad
 }  // namespace nce
 
 STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) {
-  m.impl("row_grad", TORCH_BOX(&nce::row_grad));
-  m.impl("row_grad_dense", TORCH_BOX(&nce::row_grad_dense));
+  m.impl("row_grad", TORCH_BOX(&nce::Operator<&nce::row_grad>::call));
+  m.impl("row_grad_dense", TORCH_BOX(&nce::Operator<&nce::row_grad_dense>::call));
 }

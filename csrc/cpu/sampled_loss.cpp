@@ -1,10 +1,9 @@
-// Entry point of the fused forward pass: checks, outputs, threads.
+// Entry point of the fused forward pass: threads, and the refusal of what a kernel has found.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
-#include <tuple>
 
 #include "../sampled_loss_call.h"
 #include "kernels.h"
@@ -26,18 +25,7 @@ void refuse_pair(const SampledLoss& p, int64_t pair) {
   STD_TORCH_CHECK(false, name, " must be classes with a finite log q, got class ", id, " for example ", example);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
-    Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor target, std::optional<Tensor> log_z,
-    std::optional<Tensor> seed, Tensor table, std::optional<Tensor> negatives, std::optional<Tensor> target_log_q,
-    std::optional<Tensor> negative_log_q, int64_t kind, int64_t num_negatives, bool subtract_log_q, double offset,
-    bool remove_hits, bool uniform_labels, bool mean_candidates, int64_t ignore_index, int64_t objective,
-    double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_hidden_grad,
-    bool needs_row_grad, int64_t /*gradient layout: for the backward pass*/) {
-  const SampledLossCall call = prepare_sampled_loss(
-      hidden, weight, bias, target, log_z, seed, table, negatives, target_log_q, negative_log_q, kind, num_negatives,
-      subtract_log_q, offset, remove_hits, uniform_labels, mean_candidates, ignore_index,
-      objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive), needs_hidden_grad,
-      needs_row_grad);
+void run(const SampledLossCall& call, const OnCpu&) {
   const SampledLoss& p = call.p;
   const auto kernel = kernels().sampled_loss[static_cast<int>(call.storage)];
   const int64_t columns = p.n_targets + p.n_negatives, row_bytes = p.dim * (call.storage == Storage::kDouble ? 8 : 4);
@@ -49,10 +37,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_loss(
     if (bad >= 0) bad_pair = bad;
   });
   if (bad_pair >= 0) refuse_pair(p, bad_pair);
-  return {call.loss, call.ids, call.dlogit, call.grad_hidden};
 }
+
+constexpr auto kSampledLoss = &Operator<&sampled_loss<OnCpu, run>>::call;
 
 }  // namespace
 }  // namespace nce
 
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) { m.impl("sampled_loss", TORCH_BOX(&nce::sampled_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) { m.impl("sampled_loss", TORCH_BOX(nce::kSampledLoss)); }

@@ -12,9 +12,7 @@ namespace {
 
 constexpr int64_t kGrainElements = 64 * 1024;  // a thread gets at least a few microseconds of work
 
-void scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor weight,
-                   std::optional<Tensor> bias, double rate) {
-  const ScatterStep p = prepare_scatter_step(ids, dlogit, grad_loss, hidden, weight, bias, rate);
+void run_scatter_step(const ScatterStep& p, const Tensor&) {
   const int64_t n_pairs = p.batch * p.columns;
   STD_TORCH_CHECK(n_pairs == 0 || *std::max_element(p.ids, p.ids + n_pairs) < p.n_classes, "ids must be below ",
                   p.n_classes);
@@ -28,4 +26,6 @@ void scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, T
 }  // namespace
 }  // namespace nce
 
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) { m.impl("scatter_step_", TORCH_BOX(&nce::scatter_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CPU, m) {
+  m.impl("scatter_step_", TORCH_BOX(&nce::Operator<&nce::scatter_step_<nce::run_scatter_step>>::call));
+}

@@ -35,9 +35,9 @@ struct Segments {
   }
 };
 
-inline Segments sort_segments(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
-                              int64_t n_classes, ScalarType dtype) {
-  const RowGradCall call = check_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+inline Segments sort_segments(const PairArguments& arguments, int64_t n_classes, ScalarType dtype) {
+  const auto& [ids, dlogit, grad_loss, hidden] = arguments;
+  const RowGradCall call = check_row_grad(arguments, n_classes, dtype);
   const int64_t n = call.n_pairs;
   const auto* classes = static_cast<const int32_t*>(ids.const_data_ptr());
   STD_TORCH_CHECK(n == 0 || *std::max_element(classes, classes + n) < n_classes, "ids must be below ", n_classes);

@@ -34,8 +34,8 @@ struct SharedExample {
   Real loss = Real(0), derivatives = Real(0);
 
   NCE_INLINE_LAMBDA inline void mask_hits() const {
-    if (!p.hits) return;
-    const int32_t* range = p.hits + example * p.n_targets * 2;
+    if (!p.accidental_hits) return;
+    const int32_t* range = p.accidental_hits + example * p.n_targets * 2;
     for (int64_t t = 0; t < p.n_targets; ++t) {
       if (target[t] == p.ignore_index) continue;
       for (int64_t c = range[2 * t]; c < range[2 * t + 1]; ++c) logits[c] = -infinity_of<Real>();
@@ -157,7 +157,7 @@ struct SharedExample {
     }
     const bool whole = p.objective.kind != ObjectiveKind::kBinary;
     const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(n_positive + p.n_draws) : Real(1);
-    factor = p.row_scale ? scale * static_cast<const Real*>(p.row_scale)[example] : scale;
+    factor = p.example_weight ? scale * static_cast<const Real*>(p.example_weight)[example] : scale;
 
     widen_hidden(p.hidden, example * p.hidden_stride, p.hidden_storage, p.dim, x);
     const Real positive_weight = static_cast<Real>(p.objective.positive_weight);

@@ -8,8 +8,7 @@
 
 namespace nce::cuda {
 
-// kChanging: other threads may be writing the rows.
-template <class Stored, class Shape, Access kAccess, bool kChanging>
+template <class Stored, class Shape, Access kAccess>
 struct ExampleRows {
   using Real = Compute<Stored>;
   static constexpr int kPer = kPerVector<Stored>;
@@ -85,7 +84,7 @@ struct ExampleRows {
 
   __device__ __forceinline__ Vector load_row(const char* row, int v, bool wanted) const {
     const int at = element_of(v) * static_cast<int>(sizeof(Stored));
-    return load_vector<Stored, kAccess, kChanging>(row, at, row_bytes, wanted);
+    return load_vector<Stored, kAccess>(row, at, row_bytes, wanted);
   }
 
   // Sums over all warps of the dot product of the row that this lane has ended up with.

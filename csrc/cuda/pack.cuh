@@ -144,14 +144,13 @@ void with_stored(Storage storage, F&& f) {
   }
 }
 
-// 16 bytes of a row from byte `at` on; zero beyond `row_bytes`, and all of it unless `wanted`. kChanging: other threads
-// may be writing the row.
-template <class Stored, Access kAccess, bool kChanging = false>
+// 16 bytes of a row from byte `at` on; zero beyond `row_bytes`, and all of it unless `wanted`.
+template <class Stored, Access kAccess>
 __device__ __forceinline__ Vector load_vector(const char* row, int at, int row_bytes, bool wanted) {
   const int end = wanted ? row_bytes : 0;
   if constexpr (kAccess == Access::kBytes16) {
-    return kChanging ? read_changing16(row + at, at < end) : read_once16(row + at, at < end);
-  } else if constexpr (kAccess == Access::kBytes8 && !kChanging) {
+    return read_once16(row + at, at < end);
+  } else if constexpr (kAccess == Access::kBytes8) {
     const uint2 low = read_once8(row + at, at < end), high = read_once8(row + at + 8, at + 8 < end);
     return Vector{{low.x, low.y, high.x, high.y}};
   } else {
@@ -163,7 +162,7 @@ __device__ __forceinline__ Vector load_vector(const char* row, int at, int row_b
       const int byte = i * static_cast<int>(sizeof(Word));
       if (at + byte < end) {
         const auto* source = reinterpret_cast<const Word*>(row + at + byte);
-        const uint32_t bits = kChanging ? read_changing(source) : read_once(source);
+        const uint32_t bits = read_once(source);
         v.word[byte / 4] |= bits << (8 * (byte % 4));
       }
     }

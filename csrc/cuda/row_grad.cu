@@ -23,9 +23,10 @@ T* data_of(const Tensor& t) {
 
 }  // namespace
 
-RowGradWork sort_row_grad(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
-                          int64_t n_classes, ScalarType dtype, bool with_rows, bool by_class, const OnDevice& device) {
-  const RowGradCall call = check_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype);
+RowGradWork sort_row_grad(const PairArguments& pairs, int64_t n_classes, ScalarType dtype, bool with_rows,
+                          bool by_class, const OnDevice& device) {
+  const auto& [ids, dlogit, grad_loss, hidden] = pairs;
+  const RowGradCall call = check_row_grad(pairs, n_classes, dtype);
   const int64_t n = call.n_pairs, tile_pairs = tile_pairs_for(n), n_tiles = (n + tile_pairs - 1) / tile_pairs;
   const ScalarType compute = compute_type(call.hidden_storage);
   RowGradWork work{
@@ -105,15 +106,14 @@ int64_t count_segments(const RowGradWork& work, const OnDevice& device) {
   return count;
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
-                                            int64_t n_classes, ScalarType dtype, bool with_rows, bool with_bias,
-                                            bool padded) {
-  const OnDevice device(hidden);
-  RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, false, device);
+std::tuple<Tensor, Tensor, Tensor> row_grad(const PairArguments& pairs, const RowGradArguments& gradient, bool padded) {
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
+  const OnDevice device(pairs.hidden);
+  RowGradWork work = sort_row_grad(pairs, n_classes, dtype, with_rows, false, device);
   const int64_t n_rows = padded ? padded_rows(work.call) : count_segments(work, device);
-  Tensor classes = torch::stable::new_empty(ids, {n_rows}, ScalarType::Long);
-  Tensor rows = torch::stable::new_empty(hidden, {with_rows ? n_rows : 0, work.call.dim}, dtype);
-  Tensor bias = torch::stable::new_empty(hidden, {with_bias ? n_rows : 0}, dtype);
+  Tensor classes = torch::stable::new_empty(pairs.ids, {n_rows}, ScalarType::Long);
+  Tensor rows = torch::stable::new_empty(pairs.hidden, {with_rows ? n_rows : 0, work.call.dim}, dtype);
+  Tensor bias = torch::stable::new_empty(pairs.hidden, {with_bias ? n_rows : 0}, dtype);
   work.p.segment_class = data_of<int64_t>(classes);
   if (with_rows) work.p.rows = rows.mutable_data_ptr();
   if (with_bias) work.p.bias = bias.mutable_data_ptr();
@@ -122,12 +122,12 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(Tensor ids, Tensor dlogit, Tensor gr
   return {classes, rows, bias};
 }
 
-std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes,
-                                          ScalarType dtype, bool with_rows, bool with_bias) {
-  const OnDevice device(hidden);
-  RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, dtype, with_rows, true, device);
-  Tensor rows = torch::stable::new_zeros(hidden, {with_rows ? n_classes : 0, work.call.dim}, dtype);
-  Tensor bias = torch::stable::new_zeros(hidden, {with_bias ? n_classes : 0}, dtype);
+std::tuple<Tensor, Tensor> row_grad_dense(const PairArguments& pairs, const RowGradArguments& gradient) {
+  const auto& [n_classes, dtype, with_rows, with_bias] = gradient;
+  const OnDevice device(pairs.hidden);
+  RowGradWork work = sort_row_grad(pairs, n_classes, dtype, with_rows, true, device);
+  Tensor rows = torch::stable::new_zeros(pairs.hidden, {with_rows ? n_classes : 0, work.call.dim}, dtype);
+  Tensor bias = torch::stable::new_zeros(pairs.hidden, {with_bias ? n_classes : 0}, dtype);
   if (with_rows) work.p.rows = rows.mutable_data_ptr();
   if (with_bias) work.p.bias = bias.mutable_data_ptr();
   sum_segments(work.p, work.call, device);
@@ -138,6 +138,6 @@ std::tuple<Tensor, Tensor> row_grad_dense(Tensor ids, Tensor dlogit, Tensor grad
 }  // namespace nce::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) {
-  m.impl("row_grad", TORCH_BOX(&nce::cuda::row_grad));
-  m.impl("row_grad_dense", TORCH_BOX(&nce::cuda::row_grad_dense));
+  m.impl("row_grad", TORCH_BOX(&nce::Operator<&nce::cuda::row_grad>::call));
+  m.impl("row_grad_dense", TORCH_BOX(&nce::Operator<&nce::cuda::row_grad_dense>::call));
 }

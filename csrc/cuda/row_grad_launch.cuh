@@ -18,8 +18,8 @@ inline Tensor scratch(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-RowGradWork sort_row_grad(const Tensor& ids, const Tensor& dlogit, const Tensor& grad_loss, const Tensor& hidden,
-                          int64_t n_classes, ScalarType dtype, bool with_rows, bool by_class, const OnDevice& device);
+RowGradWork sort_row_grad(const PairArguments& pairs, int64_t n_classes, ScalarType dtype, bool with_rows,
+                          bool by_class, const OnDevice& device);
 
 // p.segment_class[s] = class of segment s, of which there are at most n_rows.
 void list_segments(const RowGradTiles& p, int64_t n_rows, const OnDevice& device);

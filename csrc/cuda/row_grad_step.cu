@@ -58,40 +58,31 @@ Tensor cleared_squares(SegmentSteps& p, Storage hidden_storage, const Tensor& li
   return squares;
 }
 
-std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor weight,
-                                          std::optional<Tensor> first, std::optional<Tensor> second,
-                                          std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
-                                          std::optional<Tensor> master, std::optional<Tensor> gradient_scale,
-                                          std::optional<Tensor> seed, bool with_bias, int64_t rule, int64_t step,
-                                          double rate, double weight_decay, double log_decay, double beta1,
-                                          double beta2, double eps, bool nesterov, bool maximize) {
-  const OnDevice device(hidden);
+std::tuple<Tensor, Tensor> run_row_grad_step(const RowGradStepCall& call) {
+  const OnDevice device(call.pairs.hidden);
   SegmentSteps p{};
-  p.step = prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                            {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
-  check_device("weight", weight, hidden);
-  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == p.step.dim, "hidden must have ", p.step.dim,
-                  " columns, got shape ", shape_of(hidden));
-  const RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, p.step.n_rows, weight.scalar_type(),
+  p.step = call.step;
+  const ScalarType dtype = call.weight.scalar_type();
+  const RowGradWork work = sort_row_grad(call.pairs, p.step.n_rows, dtype,
                                          /*with_rows=*/true, /*by_class=*/false, device);
   const Storage storage = work.call.storage, hidden_storage = work.call.hidden_storage;
   p.n_rows = padded_rows(work.call);
-  Tensor classes = torch::stable::new_empty(ids, {p.n_rows}, ScalarType::Long);
-  Tensor bias = torch::stable::new_empty(hidden, {with_bias ? p.n_rows : 0}, weight.scalar_type());
+  Tensor classes = torch::stable::new_empty(call.pairs.ids, {p.n_rows}, ScalarType::Long);
+  Tensor bias = torch::stable::new_empty(call.pairs.hidden, {call.with_bias ? p.n_rows : 0}, dtype);
   if (p.n_rows == 0) return {classes, bias};
   fill(classes, 0xFF, p.n_rows * 8, device);  // -1
-  if (with_bias) fill(bias, 0, p.n_rows * bytes_of(storage), device);
+  if (call.with_bias) fill(bias, 0, p.n_rows * bytes_of(storage), device);
   p.tiles = work.p;
   p.tiles.segment_class = static_cast<int64_t*>(classes.mutable_data_ptr());
   p.tiles.rows = p.step.weight;
-  if (with_bias) p.tiles.bias = bias.mutable_data_ptr();
+  if (call.with_bias) p.tiles.bias = bias.mutable_data_ptr();
   list_segments(p.tiles, p.n_rows, device);
-  const Settled settled = settle_rows(p.step, storage, p.tiles.segment_class, p.n_rows, weight, device);
+  const Settled settled = settle_rows(p.step, storage, p.tiles.segment_class, p.n_rows, call.weight, device);
   p.settled = settled.memory.const_data_ptr();
   p.settled_each = settled.each;
   if (p.step.rule == StepRule::kRowwiseAdagrad) {
     p.pass = Pass::kSquares;
-    const Tensor squares = cleared_squares(p, hidden_storage, hidden, device);
+    const Tensor squares = cleared_squares(p, hidden_storage, call.pairs.hidden, device);
     sum_into_steps(p, storage, hidden_storage, device);
     static Occupancy adding[2];
     const int64_t blocks = (p.n_rows + kThreads - 1) / kThreads;
@@ -106,12 +97,12 @@ std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad
   return {classes, bias};
 }
 
-Tensor row_grad_norm(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, int64_t n_classes, bool with_rows,
-                     bool with_bias) {
+Tensor row_grad_norm(const PairArguments& pairs, int64_t n_classes, bool with_rows, bool with_bias) {
+  const Tensor& hidden = pairs.hidden;
   const OnDevice device(hidden);
   const Storage hidden_storage = storage_of("hidden", hidden);
-  const RowGradWork work = sort_row_grad(ids, dlogit, grad_loss, hidden, n_classes, compute_type(hidden_storage),
-                                         with_rows, /*by_class=*/false, device);
+  const RowGradWork work = sort_row_grad(pairs, n_classes, compute_type(hidden_storage), with_rows,
+                                         /*by_class=*/false, device);
   Tensor total = torch::stable::new_empty(hidden, {1}, ScalarType::Double);
   SegmentSteps p{};
   p.pass = Pass::kNorm;
@@ -140,6 +131,6 @@ Tensor row_grad_norm(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden,
 }  // namespace nce::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) {
-  m.impl("row_grad_step_", TORCH_BOX(&nce::cuda::row_grad_step_));
-  m.impl("row_grad_norm", TORCH_BOX(&nce::cuda::row_grad_norm));
+  m.impl("row_grad_step_", TORCH_BOX(&nce::Operator<&nce::row_grad_step_<nce::cuda::run_row_grad_step>>::call));
+  m.impl("row_grad_norm", TORCH_BOX(&nce::Operator<&nce::cuda::row_grad_norm>::call));
 }

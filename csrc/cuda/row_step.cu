@@ -33,28 +33,16 @@ void launch_row_step(const RowSteps& p, const OnDevice& device) {
                     group);
 }
 
-void row_step_(Tensor weight, std::optional<Tensor> classes, Tensor gradient, std::optional<Tensor> first,
-               std::optional<Tensor> second, std::optional<Tensor> row_steps, std::optional<Tensor> decayed,
-               std::optional<Tensor> master, std::optional<Tensor> gradient_scale, std::optional<Tensor> seed,
-               int64_t rule, int64_t step, double rate, double weight_decay, double log_decay, double beta1,
-               double beta2, double eps, bool nesterov, bool maximize) {
-  const OnDevice device(weight);
-  RowSteps p{};
-  p.step = prepare_row_step(weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-                            {rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov, maximize});
-  check_gradient(gradient, classes, weight);
-  p.n = gradient.size(0);
+void run_row_step(const RowStepCall& call) {
+  const OnDevice device(call.weight);
+  RowSteps p{call.step, call.n, call.classes, call.gradient, call.gradient_stride};
   if (p.n == 0 || p.step.dim == 0 || p.step.n_rows == 0) return;
-  p.classes = classes ? static_cast<const int64_t*>(classes->const_data_ptr()) : nullptr;
-  p.gradient = gradient.const_data_ptr();
-  p.gradient_stride = gradient.stride(0);
-  const Storage storage = storage_of("weight", weight);
-  const Settled settled = settle_rows(p.step, storage, p.classes, p.n, weight, device);
+  const Settled settled = settle_rows(p.step, call.storage, p.classes, p.n, call.weight, device);
   p.settled = settled.memory.const_data_ptr();
   p.settled_each = settled.each;
-  with_stored(storage, [&](auto stored) {
+  with_stored(call.storage, [&](auto stored) {
     using Stored = decltype(stored);
-    if (wide_row_step<Stored>(p, storage)) return launch_row_step<Stored, true>(p, device);
+    if (wide_row_step<Stored>(p, call.storage)) return launch_row_step<Stored, true>(p, device);
     launch_row_step<Stored, false>(p, device);
   });
 }
@@ -69,4 +57,6 @@ Settled settle_rows(const RowStep& p, Storage storage, const int64_t* classes, i
 
 }  // namespace nce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) { m.impl("row_step_", TORCH_BOX(&nce::cuda::row_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) {
+  m.impl("row_step_", TORCH_BOX(&nce::Operator<&nce::row_step_<nce::cuda::run_row_step>>::call));
+}

@@ -18,25 +18,17 @@
 
 namespace nce::cuda {
 
-// What the racy in-place update needs beside the loss; see scatter.cu.
-struct InPlaceUpdate {
-  float* weight;
-  float* bias;  // or null
-  float step;   // learning rate
-};
-
 template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
-struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate> {
-  using Rows = ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose::kUpdate>;
+struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess> {
+  using Rows = ExampleRows<Stored, Shape, kAccess>;
   using Real = typename Rows::Real;
   using Rows::element_of, Rows::load_row, Rows::hidden_part, Rows::add_in_memory, Rows::scale_gradient;
   using Rows::kPer, Rows::kVectors, Rows::kGroup, Rows::kRows, Rows::kGroups, Rows::kBatch, Rows::kShare;
   using Rows::kSplit, Rows::kHold, Rows::gradient;
   using Rows::p, Rows::lane, Rows::group, Rows::in_group, Rows::warp, Rows::n_warps, Rows::dim, Rows::n_vectors;
   static constexpr bool kSeveral = Shape::kSeveral;
-  static constexpr bool kUpdate = kPurpose == Purpose::kUpdate, kWhole = kPurpose == Purpose::kWhole;
+  static constexpr bool kWhole = kPurpose == Purpose::kWhole;
 
-  const InPlaceUpdate& update;
   Real loss;                     // but for kWhole
   WholeSums<Real, kShare> sums;  // for kWhole
 
@@ -92,18 +84,12 @@ struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose
       dlogit = sums.take(p.objective, kept, own_live && target, own_live && !target, label);
     } else {
       const Column<Real> objective = binary_column(z, label);
-      if (!kUpdate && target) scale *= static_cast<Real>(p.objective.positive_weight);
+      if (target) scale *= static_cast<Real>(p.objective.positive_weight);
       kept = dlogit = own_live ? scale * objective.dlogit : Real(0);
       if (speaks) loss += scale * objective.loss;
     }
     if (speaks && p.dlogit) {
       static_cast<Real*>(p.dlogit)[example * (p.n_targets + p.n_negatives) + column] = kept;
-    }
-    if constexpr (kUpdate) {
-      const int32_t id = __shfl_sync(kAllLanes, mine.id, (first + own) % kWarp);
-      if (speaks && update.bias) {
-        atomicAdd(update.bias + id, -update.step * dlogit);
-      }
     }
 
     if (p.grad_hidden) {
@@ -121,34 +107,6 @@ struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess, kPurpose == Purpose
           }
         } else if (present[r]) {
           add_in_memory(example, address[r], d);
-        }
-      }
-    }
-    if constexpr (kUpdate) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Real d = __shfl_sync(kAllLanes, dlogit, group * kGroup + r * kShare);
-        if (present[r]) update_row(example, address[r], -update.step * d);
-      }
-    }
-  }
-
-  // row += factor * hidden, in memory.
-  __device__ __forceinline__ void update_row(int64_t example, const char* address, Real factor) const {
-    float* row = update.weight + (reinterpret_cast<const float*>(address) - static_cast<const float*>(p.weight));
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int first = element_of(v);
-      Real x[kPer];
-      hidden_part(example, v, x);
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) x[e] *= factor;
-      if constexpr (kAccess == Access::kBytes16) {
-        if (first < dim) add_in_place4(row + first, x);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          if (first + e < dim) atomicAdd(row + first + e, x[e]);
         }
       }
     }
@@ -313,8 +271,8 @@ __device__ __forceinline__ int examples_of_tile(const SampledLoss& p, int64_t n_
 
 template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
 __global__ void __launch_bounds__(Shape::kThreads, blocks_for<Shape, kAccess, kPurpose>())
-    sampled_loss_kernel(const __grid_constant__ SampledLoss p, const __grid_constant__ InPlaceUpdate update) {
-  SampledLossWarp<Stored, Shape, kAccess, kPurpose> work{{p}, update};
+    sampled_loss_kernel(const __grid_constant__ SampledLoss p) {
+  SampledLossWarp<Stored, Shape, kAccess, kPurpose> work{{p}};
   const int64_t per_block = Shape::kSplit ? 1 : blockDim.x / kWarp, n_workers = gridDim.x * per_block;
   const int64_t worker = blockIdx.x * per_block + (Shape::kSplit ? 0 : warp_of_block());
   const int count = Shape::kSeveral ? examples_of_tile(p, n_workers) : 1;

@@ -2,5 +2,5 @@
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::sampled_loss_bfloat16(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<BFloat16, Purpose::kBinary>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<BFloat16, Purpose::kBinary>(p, device);
 }

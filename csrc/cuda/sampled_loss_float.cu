@@ -2,5 +2,5 @@
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::sampled_loss_float(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<float, Purpose::kBinary>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<float, Purpose::kBinary>(p, device);
 }

@@ -7,7 +7,7 @@
 namespace nce::cuda {
 
 template <class Stored, class Shape, Access kAccess, Purpose kPurpose>
-void launch_sampled_loss(const SampledLoss& p, const InPlaceUpdate& update, int n_warps, const OnDevice& device) {
+void launch_sampled_loss(const SampledLoss& p, int n_warps, const OnDevice& device) {
   const auto kernel = sampled_loss_kernel<Stored, Shape, kAccess, kPurpose>;
   const size_t shared_bytes = sampled_loss_shared_bytes<Stored, Shape>(n_warps);
   allow_shared_bytes(kernel, shared_bytes);
@@ -15,16 +15,16 @@ void launch_sampled_loss(const SampledLoss& p, const InPlaceUpdate& update, int 
   // A kernel whose rows are split runs with blocks of several sizes.
   static Occupancy occupancy[Shape::kThreads / kWarp + 1];
   launch_persistent(kernel, (p.batch + per_block - 1) / per_block, n_warps * kWarp, shared_bytes, device,
-                    occupancy[n_warps], p, update);
+                    occupancy[n_warps], p);
 }
 
 template <class Stored, Purpose kPurpose>
-void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const OnDevice& device) {
+void sampled_loss_of(const SampledLoss& p, const OnDevice& device) {
   STD_TORCH_CHECK(p.dim <= kMaxDim, "hidden must have at most ", kMaxDim, " columns on CUDA, got ", p.dim);
   const int64_t size = sizeof(Stored);
   with_row_shape<Stored>(p.dim, [&](auto shape, int n_warps) {
     with_access<Stored>(access_of(p.weight, p.weight_stride * size, p.dim * size), [&](auto access) {
-      launch_sampled_loss<Stored, decltype(shape), decltype(access)::value, kPurpose>(p, update, n_warps, device);
+      launch_sampled_loss<Stored, decltype(shape), decltype(access)::value, kPurpose>(p, n_warps, device);
     });
   });
 }

@@ -18,10 +18,8 @@ void launch_scatter(const ScatterStep& p, const OnDevice& device) {
                     device, occupancy, p, shape.group, static_cast<int>(shape.n_slices));
 }
 
-void scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, Tensor weight,
-                   std::optional<Tensor> bias, double rate) {
-  const OnDevice device(hidden);
-  const ScatterStep p = prepare_scatter_step(ids, dlogit, grad_loss, hidden, weight, bias, rate);
+void run_scatter_step(const ScatterStep& p, const Tensor& weight) {
+  const OnDevice device(weight);
   with_scatter_vectors(p.dim, [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     if (wide_scatter(p)) return launch_scatter<kVectors, true>(p, device);
@@ -32,4 +30,6 @@ void scatter_step_(Tensor ids, Tensor dlogit, Tensor grad_loss, Tensor hidden, T
 }  // namespace
 }  // namespace nce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) { m.impl("scatter_step_", TORCH_BOX(&nce::cuda::scatter_step_)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) {
+  m.impl("scatter_step_", TORCH_BOX(&nce::Operator<&nce::scatter_step_<nce::cuda::run_scatter_step>>::call));
+}

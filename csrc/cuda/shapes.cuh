@@ -24,17 +24,15 @@ struct RowShape {
   static constexpr int kVectorsPerWarp = kVectors * kGroup;
 };
 
-// What a kernel of the forward pass is for: the binary objective, the same with the racy in-place update, or the
-// objectives over the whole example.
-enum class Purpose : int { kBinary, kUpdate, kWhole };
+// What a kernel of the forward pass is for: the binary objective, or the objectives over the whole example.
+enum class Purpose : int { kBinary, kWhole };
 
-// Reading by less than 16 bytes takes more registers, and so does beside many rows at once what an update or an
-// example's sums take, the latter most where many groups of lanes are to be told of.
+// Reading by less than 16 bytes takes more registers, and so do an example's sums beside many rows at once, most where
+// many groups of lanes are to be told of them.
 template <class Shape, Access kAccess, Purpose kPurpose>
 constexpr int blocks_for() {
   constexpr bool kWide = kAccess == Access::kBytes16, kMany = Shape::kRows == 8;
-  int fewer = !kWide ? 2 : kPurpose == Purpose::kUpdate ? 1 : 0;
-  if (kMany && kPurpose == Purpose::kUpdate) fewer = 3;
+  int fewer = kWide ? 0 : 2;
   if (kMany && kPurpose == Purpose::kWhole && Shape::kBlocks > 3) fewer += kWide && Shape::kGroup == 8 ? 2 : 1;
   return Shape::kBlocks > fewer ? Shape::kBlocks - fewer : 1;
 }

@@ -118,7 +118,7 @@ struct SharedColumns {
   }
 
   __device__ __forceinline__ bool is_hit(uint32_t column) const {
-    const int32_t* range = p.hits + 2 * example * p.n_targets;
+    const int32_t* range = p.accidental_hits + 2 * example * p.n_targets;
     bool hit = false;
 #pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
@@ -131,8 +131,8 @@ struct SharedColumns {
   __device__ __forceinline__ void begin(Real log_z_of_example) {
     log_z = log_z_of_example;
     hit_begin = hit_end = 0;
-    if (!p.hits) return;
-    const int32_t* range = p.hits + 2 * example * p.n_targets;
+    if (!p.accidental_hits) return;
+    const int32_t* range = p.accidental_hits + 2 * example * p.n_targets;
 #pragma unroll 1
     for (int64_t t = 0; t < p.n_targets; ++t) {
       if (target(t) == p.ignore_index || range[2 * t] >= range[2 * t + 1]) continue;

@@ -1,11 +1,8 @@
-// Entry point of the epilogue of shared negatives: checks, outputs, the kernel of the weight's storage type. It waits
-// for nothing.
+// Entry point of the epilogue of shared negatives: the kernel of the weight's storage type. It waits for nothing.
 #include "shared_loss.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-
-#include <tuple>
 
 #include "../shared_loss_call.h"
 #include "launch.cuh"
@@ -23,24 +20,13 @@ void launch_shared_loss(const SharedLoss& p, const OnDevice& device) {
                     occupancy[n_warps][grains], p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss_(
-    Tensor logits, Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor target,
-    std::optional<Tensor> target_log_q, std::optional<Tensor> log_z, Tensor column_shift,
-    std::optional<Tensor> multiplicity, std::optional<Tensor> hits, std::optional<Tensor> row_scale, double offset,
-    bool uniform_labels, bool mean_candidates, int64_t n_draws, int64_t ignore_index, int64_t objective,
-    double positive_weight, double label_smoothing, double temperature, bool correct_positive, bool needs_derivatives,
-    bool needs_hidden_grad) {
-  const OnDevice device(logits);
-  const SharedLossCall call =
-      prepare_shared_loss(logits, hidden, weight, bias, target, target_log_q, log_z, column_shift, multiplicity, hits,
-                          row_scale, offset, uniform_labels, mean_candidates, n_draws, ignore_index,
-                          objective_of(objective, positive_weight, label_smoothing, temperature, correct_positive),
-                          needs_derivatives, needs_hidden_grad);
+void run(const SharedLossCall& call, const OnDevice& device) {
   with_stored(call.storage, [&](auto stored) { launch_shared_loss<decltype(stored)>(call.p, device); });
-  return {call.loss, call.target_ids, call.target_dlogit, call.grad_hidden, call.grad_shift};
 }
+
+constexpr auto kSharedLoss = &Operator<&nce::shared_loss_<OnDevice, run>>::call;
 
 }  // namespace
 }  // namespace nce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) { m.impl("shared_loss_", TORCH_BOX(&nce::cuda::shared_loss_)); }
+STABLE_TORCH_LIBRARY_IMPL(nce_ext, CUDA, m) { m.impl("shared_loss_", TORCH_BOX(nce::cuda::kSharedLoss)); }

@@ -122,7 +122,7 @@ struct SharedLossBlock : SharedColumns<Compute<Stored>> {
 
     const Real scale = p.mean_candidates ? Real(1) / static_cast<Real>(n_positive + p.n_draws) : Real(1);
     const Real label = p.uniform_labels ? Real(1) / static_cast<Real>(n_positive) : Real(1);
-    factor = p.row_scale ? scale * static_cast<const Real*>(p.row_scale)[example] : scale;
+    factor = p.example_weight ? scale * static_cast<const Real*>(p.example_weight)[example] : scale;
     const Real log_z = p.log_z ? static_cast<const Real*>(p.log_z)[example * p.log_z_stride] : Real(0);
     this->begin(log_z);
 

@@ -2,5 +2,5 @@
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::whole_example_double(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<double, Purpose::kWhole>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<double, Purpose::kWhole>(p, device);
 }

@@ -2,5 +2,5 @@
 #include "sampled_loss_launch.cuh"
 
 void nce::cuda::whole_example_float(const SampledLoss& p, const OnDevice& device) {
-  sampled_loss_of<float, Purpose::kWhole>(p, InPlaceUpdate{}, device);
+  sampled_loss_of<float, Purpose::kWhole>(p, device);
 }

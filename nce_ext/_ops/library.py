@@ -8,15 +8,16 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from nce_ext import _warnings
 from nce_ext._version import __version__
 
 _missing: dict[str, str] = {}
 _debug = False
-_warned_of_reference = False
 
 
 def _load_cpu() -> str | None:
@@ -63,13 +64,56 @@ def _load() -> tuple[bool, bool]:
 
 
 _has_cpu, _has_cuda = _load()
+operators_exist = _has_cpu  # the schemas come with the CPU kernels
 
 if not _has_cpu:
-    warnings.warn(
+    _warnings.warn_user(
         f"nce_ext runs on its pure-PyTorch reference backend, which is much slower: {_missing['fused (cpu)']}",
         RuntimeWarning,
-        stacklevel=2,
     )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Inputs = TypeVar("Inputs")  # a NamedTuple of an operator's arguments
+
+
+def register_fake(operator: str) -> Callable[[Function], Function]:
+    """Register what a compiled operator returns while a graph is traced: shapes and dtypes, without values."""
+
+    def register(function: Function) -> Function:
+        if operators_exist:
+            torch.library.register_fake(f"nce_ext::{operator}", function)
+        return function
+
+    return register
+
+
+def register_autograd(
+    operator: str, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]
+) -> None:
+    """Register an operator's backward pass, where there are operators."""
+    if operators_exist:
+        torch.library.register_autograd(f"nce_ext::{operator}", backward, setup_context=setup_context)
+
+
+def needed_gradients(ctx: Any, inputs: type[Inputs]) -> Inputs:
+    """Name the inputs that need a gradient. torch appends an entry of its own to those of the schema."""
+    return inputs(*ctx.needs_input_grad[: len(inputs.__annotations__)])
+
+
+def implement(operator: str, function: Callable[..., Any]) -> None:
+    """Make a Python function the kernel of an operator, for every device that has compiled ones.
+
+    It computes in whatever types it chooses, as a compiled kernel does: autocast ends here.
+    """
+
+    def kernel(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*arguments)
+
+    if operators_exist:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"nce_ext::{operator}", device, kernel)
 
 
 def fused_available(device: torch.device) -> bool:
@@ -84,15 +128,11 @@ def why_missing(device: torch.device) -> str:
 
 def warn_of_reference(device: torch.device) -> None:
     """Say, once, that a GPU is served by the reference backend; import is too early, since it may never be used."""
-    global _warned_of_reference
-    if _warned_of_reference:
-        return
-    _warned_of_reference = True
-    warnings.warn(
+    _warnings.warn_once(
+        f"reference on {device.type}",
         "nce_ext runs on its pure-PyTorch reference backend for tensors on "
         f"{device.type}, which is much slower: {why_missing(device)}. backend='reference' asks for it without warning.",
         RuntimeWarning,
-        stacklevel=5,
     )
 
 

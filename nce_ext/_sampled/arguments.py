@@ -1,4 +1,4 @@
-"""What all losses do with their arguments before any work: refuse, choose the backend, flatten to rows."""
+"""Arguments of a sampled loss: refused or validated, flattened to one entry an example, and grouped."""
 
 from __future__ import annotations
 
@@ -9,42 +9,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _ops
-from nce_ext._ops import library as _library
+from nce_ext import _checks
+from nce_ext._ops import library
+from nce_ext._ops.coo import COALESCED, DENSE, PADDED
+from nce_ext._ops.sample import draw_seed
 from nce_ext.noise import Noise
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
+from nce_ext.reference.dtypes import compute_dtype
 
 CORRECTIONS = ("log_kq", "log_q", "none")
 REDUCTIONS = ("mean", "sum", "none")
 CUDA_MAX_DIM = 16384  # kMaxDim in csrc/cuda/shapes.cuh
 
 
-class Call(NamedTuple):
-    """Arguments as the operators take them: hidden [B, D], target [B, T], one row an example."""
+class Operands(NamedTuple):
+    """Tensors with one entry an example, and the table of classes."""
 
-    lead: torch.Size  # the sizes that were flattened to B
-    fused: bool
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    target: Tensor
-    log_z: Tensor | None  # [B]; a number has become part of offset
-    seed: Tensor | None
-    noise: Noise
-    ids: Tensor | None  # negatives given or shared, [B, k] or [1, k]; None: drawn per example
-    distinct: bool  # of equal ids, one counts
-    target_log_q: Tensor | None  # None: the noise's
-    negative_log_q: Tensor | None
-    k: int
-    one_row: bool  # ids are for all examples, however many there are
-    subtract_log_q: bool
-    offset: float
-    remove_hits: bool
-    uniform_labels: bool
-    mean_candidates: bool
-    ignore_index: int
-    objective: Objective
-    gradient_layout: int
+    hidden: Tensor  # [B, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    target: Tensor  # [B, T]
+    log_z: Tensor | None  # [B]; a number has become part of Correction.offset
 
     @property
     def host_weight(self) -> bool:
@@ -52,28 +37,84 @@ class Call(NamedTuple):
         return self.weight.device != self.hidden.device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of scores, losses and their derivatives."""
+        return compute_dtype(self.weight.dtype)
+
+
+class Candidates(NamedTuple):
+    """Where an example's negatives come from."""
+
+    noise: Noise
+    seed: Tensor | None  # draws them where ids are None
+    ids: Tensor | None  # those that are known: [B, k], or [1, k] for all examples
+    k: int
+    negatives_shared: bool  # ids are for all examples, however many there are
+    distinct: bool  # of equal ids, one counts
+    remove_hits: bool
+
+
+class Correction(NamedTuple):
+    """What is subtracted from a score besides log_z."""
+
+    subtract_log_q: bool
+    target_log_q: Tensor | None  # [B, T]; None: the noise's
+    negative_log_q: Tensor | None  # as Candidates.ids; None: the noise's
+    offset: float
+
+
+class Labels(NamedTuple):
+    """What the targets' labels are, and what a loss is divided by."""
+
+    uniform_labels: bool
+    mean_candidates: bool
+    ignore_index: int
+
+
+class Layout(NamedTuple):
+    """What becomes of the result."""
+
+    batch_shape: torch.Size  # the sizes that were flattened to B
+    fused: bool
+    gradient_layout: int
+
+
+class Call(NamedTuple):
+    """Validated arguments of a sampled loss, flattened to one entry an example."""
+
+    operands: Operands
+    candidates: Candidates
+    correction: Correction
+    labels: Labels
+    objective: Objective
+    layout: Layout
+
+    @property
     def shared(self) -> bool:
         """Whether all examples have the same negatives, with the same log q."""
-        one_log_q = self.negative_log_q is None or self.negative_log_q.shape[0] == 1
-        return self.ids is not None and self.one_row and one_log_q
-
-    def log_q(self, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """log q of the targets and of the negatives ``ids``: as given, else the noise's; None where none is wanted."""
-        if not self.subtract_log_q or self.target_log_q is not None:
-            return self.target_log_q, self.negative_log_q
-        return tuple(self.noise.log_prob(known_ids(self.noise, classes)) for classes in (self.target, ids))  # type: ignore
-
-    def operator_arguments(self) -> tuple[Any, ...]:
-        """The first arguments of the operators sampled_loss and scatter_sgd_, which are the same."""
-        return (
-            self.hidden if self.hidden.stride(-1) == 1 else self.hidden.contiguous(),
-            self.weight, self.bias, self.target, self.log_z, self.seed, self.noise.table, self.ids, self.target_log_q,
-            self.negative_log_q, self.noise.kind, self.k, self.subtract_log_q, self.offset, self.remove_hits,
-            self.uniform_labels, self.mean_candidates, self.ignore_index,
-        )  # fmt: skip
+        log_q, candidates = self.correction.negative_log_q, self.candidates
+        one_log_q = log_q is None or log_q.shape[0] == 1
+        return candidates.ids is not None and candidates.negatives_shared and one_log_q
 
 
-def prepare(
+def log_q_of(call: Call, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Look up log q of the targets and of the negatives ``ids``: as given, else the noise's; None where not wanted."""
+    correction, noise = call.correction, call.candidates.noise
+    if not correction.subtract_log_q or correction.target_log_q is not None:
+        return correction.target_log_q, correction.negative_log_q
+    target = call.operands.target
+    return noise.log_prob(known_ids(noise, target)), noise.log_prob(known_ids(noise, ids))
+
+
+def objective_arguments(objective: Objective) -> dict[str, Any]:
+    """Name an objective's numbers as the schemas of the losses do."""
+    return {
+        "objective": objective.kind,
+        **{name: value for name, value in objective._asdict().items() if name != "kind"},
+    }
+
+
+def validate_and_flatten(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -102,76 +143,95 @@ def prepare(
     sparse: bool | str = True,
     host_weight: bool = False,
 ) -> Call:
-    """Check what every loss takes, and flatten it. ``host_weight``: whether the table may be in pinned host memory."""
+    """Check what every loss takes, in the order device, dtype, layout, rank, size, range, and flatten it.
+
+    Options are those of :func:`nce_ext.functional.nce_loss`; ``objective``, ``calibration`` and ``margin`` are what the
+    losses differ in. ``host_weight``: whether the table may be in pinned host memory.
+    """
     _checks.operands(hidden, weight, bias, host_weight=host_weight)
     noise = _checks.noise_of(noise, Noise, weight, hidden.device)
-    lead = _check_examples(hidden, target, log_z, sample_weight)
+    batch_shape = _check_examples(hidden, target, log_z, sample_weight)
     check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
     check_unique(unique, correction, objective)
     check_objective(objective, remove_hits, candidate_reduction, log_z, correction)
-    layout = gradient_layout(sparse)
-    n_targets = 1 if target.shape == lead else target.shape[-1]
-    k = _check_negatives(negatives, log_q, hidden, target, n_targets, lead, num_negatives, correction)
+    in_layout = gradient_layout(sparse)
+    n_targets = 1 if target.shape == batch_shape else target.shape[-1]
+    k = _check_negatives(negatives, log_q, hidden, target, n_targets, batch_shape, num_negatives, correction)
     if unique and negatives is not None:
         raise ValueError("unique must be False with negatives: it says how they are drawn")
     if not objective.correct_positive and n_targets > 1:
         raise ValueError(f"target must have one positive an example with correct_positive=False, got {n_targets}")
     if calibration is not None:
         objective = objective._replace(positive_weight=calibrated_weight(calibration, k, noise.n_classes))
-    subtract_log_q = correction != "none"
     fused = _choose_backend(backend, hidden.device, weight.shape[1])
+    layout = Layout(batch_shape, fused, in_layout)
     if weight.device != hidden.device:
-        _check_host_weight(weight, bias, hidden.device, layout, fused)
+        _check_host_weight(weight, bias, hidden.device, layout)
     if seed is not None:
         _checks.seed(seed, hidden.device)
     elif negatives is None:
-        seed = _ops.draw_seed(hidden.device, generator)
+        seed = draw_seed(hidden.device, generator)
 
-    n_examples = math.prod(lead)
-    flat_target = target.reshape(n_examples, n_targets).long().contiguous()
-    one_row = shared or bool(unique) or (negatives is not None and negatives.dim() == 1)
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    ids = target_log_q = negative_log_q = None
+    n_examples = math.prod(batch_shape)
+    operands = Operands(
+        hidden=hidden.reshape(n_examples, hidden.shape[-1]),
+        weight=weight,
+        bias=bias,
+        target=target.reshape(n_examples, n_targets).long().contiguous(),
+        log_z=None,
+    )
+    if isinstance(log_z, Tensor):
+        log_z_of_examples = log_z.to(operands.compute_dtype).expand(batch_shape).reshape(n_examples)
+        operands = operands._replace(log_z=log_z_of_examples)
     # In a softmax the number of draws cancels; so it does between negatives.
     offset = math.log(k) if correction == "log_kq" and not unique and objective.kind != SOFTMAX else 0.0
+    offset -= margin
+    if not isinstance(log_z, Tensor):
+        offset += log_z
+    subtract_log_q = correction != "none"
+    ids, target_log_q, negative_log_q = None, None, None
     if negatives is not None:
-        ids = _as_rows(negatives.long(), k, n_examples)
+        ids = _by_example(negatives.long(), k, n_examples)
         if subtract_log_q and log_q is not None:
-            target_log_q = log_q[0].detach().to(compute).reshape(flat_target.shape).contiguous()
-            negative_log_q = _as_rows(log_q[1].detach().to(compute), k, n_examples)
+            target_log_q, negative_log_q = _flat_log_q(log_q, operands, k)
     elif unique:
         assert seed is not None
         ids, log_count = _draw_distinct(noise, k, seed, unique)
         if subtract_log_q:
-            target_log_q = log_count(known_ids(noise, flat_target)).to(compute)
-            negative_log_q = log_count(ids).to(compute)
+            target_log_q = log_count(known_ids(noise, operands.target)).to(operands.compute_dtype)
+            negative_log_q = log_count(ids).to(operands.compute_dtype)
     elif shared:
         assert seed is not None
-        ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
-    offset -= margin
-    log_z_rows = None
-    if isinstance(log_z, Tensor):
-        log_z_rows = log_z.to(compute).expand(lead).reshape(n_examples)
-    else:
-        offset += log_z
+        ids = noise.draw(seed, 1, k)
+    negatives_shared = shared or bool(unique) or (negatives is not None and negatives.dim() == 1)
     return Call(
-        lead, fused, hidden.reshape(n_examples, hidden.shape[-1]), weight, bias, flat_target, log_z_rows, seed, noise,
-        ids, unique is True, target_log_q, negative_log_q, k, one_row, subtract_log_q, offset, remove_hits,
-        positive_label == "uniform", candidate_reduction == "mean", ignore_index, objective, layout,
-    )  # fmt: skip
+        operands,
+        Candidates(noise, seed, ids, k, negatives_shared, unique is True, remove_hits),
+        Correction(subtract_log_q, target_log_q, negative_log_q, offset),
+        Labels(positive_label == "uniform", candidate_reduction == "mean", ignore_index),
+        objective,
+        layout,
+    )
+
+
+def _flat_log_q(log_q: tuple[Tensor, Tensor], operands: Operands, k: int) -> tuple[Tensor, Tensor]:
+    """Flatten the caller's log q of targets [B, T] and of negatives [1 or B, k]; none of it gets a gradient."""
+    of_targets, of_negatives = (part.detach().to(operands.compute_dtype) for part in log_q)
+    n_examples = operands.target.shape[0]
+    return of_targets.reshape(operands.target.shape).contiguous(), _by_example(of_negatives, k, n_examples)
 
 
 def known_ids(noise: Noise, ids: Tensor) -> Tensor:
-    """ids, with 0 in the place of what is none: ignored and bad ones, which are masked later."""
+    """Replace what is no class by 0: ignored and bad ids, which are masked later."""
     return torch.where((ids >= 0) & (ids < noise.n_classes), ids, 0)
 
 
 def _draw_distinct(noise: Noise, k: int, seed: Tensor, unique: bool | str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Ids [1, k] that all examples share, and the log of a class's expected count among the distinct ones."""
+    """Draw ids [1, k] that all examples share; returns also the log of a class's expected count among the distinct."""
     if unique == "tf":
         ids, trials = noise.sample_distinct(k, seed=seed)
         return ids[None], lambda classes: noise.log_expected_count_tf(classes, k, trials)
-    ids = _ops.sample(noise.kind, noise.n_classes, noise.table, seed, 1, k)
+    ids = noise.draw(seed, 1, k)
     return ids, lambda classes: noise.log_inclusion(classes, k)
 
 
@@ -208,7 +268,7 @@ def check_margin(margin: float) -> float:
 
 
 def calibrated_weight(calibration: float, k: int, n_classes: int) -> float:
-    """gBCE's beta: between k / (V - 1), at calibration 1, and 1, at calibration 0."""
+    """Compute gBCE's beta: between k / (V - 1), at calibration 1, and 1, at calibration 0."""
     if n_classes < 2:
         raise ValueError(f"calibration must be None where the noise has one class, got {calibration}")
     return 1 + calibration * (k / (n_classes - 1) - 1)
@@ -217,7 +277,7 @@ def calibrated_weight(calibration: float, k: int, n_classes: int) -> float:
 def check_objective(
     objective: Objective, remove_hits: bool, candidate_reduction: str, log_z: float | Tensor | str, correction: str
 ) -> None:
-    """Combinations that have no meaning."""
+    """Refuse combinations of options that have no meaning."""
     name = {SOFTMAX: "a softmax loss", ADVERSARIAL: "adversarial_temperature"}.get(objective.kind, "")
     if objective.kind != BINARY and candidate_reduction != "sum":
         raise ValueError(f"candidate_reduction must be 'sum' with {name}, got {candidate_reduction!r}")
@@ -244,33 +304,34 @@ def check_options(
 
 
 def gradient_layout(sparse: object) -> int:
-    """What an operator calls the option ``sparse``."""
+    """Translate the option ``sparse`` to what the operators call gradient_layout."""
     if sparse is True or sparse is False:
-        return _ops.COALESCED if sparse else _ops.DENSE
+        return COALESCED if sparse else DENSE
     if sparse == "padded":
-        return _ops.PADDED
+        return PADDED
     raise ValueError(f"sparse must be True, False or 'padded', got {sparse!r}")
 
 
 def _check_examples(hidden: Tensor, target: Tensor, log_z: float | Tensor, sample_weight: Tensor | None) -> torch.Size:
-    """hidden's leading sizes."""
-    lead = hidden.shape[:-1]
+    """Check the shapes of what has one entry an example; returns hidden's leading sizes."""
+    batch_shape = hidden.shape[:-1]
     _checks.tensor("target", target, (torch.int64, torch.int32), hidden.device)
-    multiple = target.dim() == hidden.dim() and target.shape[:-1] == lead and target.shape[-1] >= 1
-    if target.shape != lead and not multiple:
+    multiple = target.dim() == hidden.dim() and target.shape[:-1] == batch_shape and target.shape[-1] >= 1
+    if target.shape != batch_shape and not multiple:
         raise ValueError(
-            f"target must have shape {list(lead)}, or {[*lead, 'T']} with T >= 1 positives, got {list(target.shape)}"
+            f"target must have shape {list(batch_shape)}, or {[*batch_shape, 'T']} with T >= 1 positives, got "
+            f"{list(target.shape)}"
         )
     if isinstance(log_z, Tensor):
         _checks.tensor("log_z", log_z, _checks.FLOATS, hidden.device)
         if log_z.dim():
-            _checks.batch_shaped("log_z", log_z, lead, None)
+            _checks.batch_shaped("log_z", log_z, batch_shape, None)
     elif isinstance(log_z, bool) or not isinstance(log_z, (int, float)) or not abs(log_z) < math.inf:
         raise ValueError(f"log_z must be a finite number or a tensor, got {log_z!r}")
     if sample_weight is not None:
         _checks.tensor("sample_weight", sample_weight, _checks.FLOATS, hidden.device)
-        _checks.batch_shaped("sample_weight", sample_weight, lead, None)
-    return lead
+        _checks.batch_shaped("sample_weight", sample_weight, batch_shape, None)
+    return batch_shape
 
 
 def _check_negatives(
@@ -279,11 +340,11 @@ def _check_negatives(
     hidden: Tensor,
     target: Tensor,
     n_targets: int,
-    lead: torch.Size,
+    batch_shape: torch.Size,
     num_negatives: int,
     correction: str,
 ) -> int:
-    """The number of negatives k."""
+    """Check negatives and their log q; returns the number of negatives k."""
     k = _checks.count("num_negatives", num_negatives, 0, 2**20)
     if negatives is not None:
         _checks.tensor("negatives", negatives, (torch.int64, torch.int32), hidden.device)
@@ -291,12 +352,13 @@ def _check_negatives(
             raise ValueError("negatives must be [k] or [..., k], got a scalar")
         k = _checks.count("the number of negatives", negatives.shape[-1], 0, 2**20)
         if negatives.dim() > 1:
-            _checks.batch_shaped("negatives", negatives, lead, k)
+            _checks.batch_shaped("negatives", negatives, batch_shape, k)
     if k == 0 and correction == "log_kq":
         raise ValueError("num_negatives must be >= 1 with correction='log_kq' (log k is infinite), got 0")
-    if math.prod(lead) * (k + n_targets) >= 2**32:
+    if math.prod(batch_shape) * (k + n_targets) >= 2**32:
         raise ValueError(
-            f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(lead)} with k = {k}; split it"
+            f"hidden must have fewer than 2^32 / (k + T) examples a call, got {math.prod(batch_shape)} with k = {k}; "
+            "split it"
         )
     if log_q is not None:
         if correction == "none":
@@ -310,17 +372,17 @@ def _check_negatives(
         if log_q[0].shape != target.shape:
             raise ValueError(f"log_q[0] must have target's shape {list(target.shape)}, got {list(log_q[0].shape)}")
         if log_q[1].dim() != 1 or log_q[1].shape[0] != k:
-            _checks.batch_shaped("log_q[1]", log_q[1], lead, k)
+            _checks.batch_shaped("log_q[1]", log_q[1], batch_shape, k)
     return k
 
 
 def _choose_backend(backend: str, device: torch.device, dim: int) -> bool:
     _checks.one_of("backend", backend, ("auto", "fused", "reference"))
-    available = _library.fused_available(device)
+    available = library.fused_available(device)
     if backend == "fused" and not available:
-        raise RuntimeError(f"backend='fused' is not available for {device.type}: {_library.why_missing(device)}")
+        raise RuntimeError(f"backend='fused' is not available for {device.type}: {library.why_missing(device)}")
     if not available and backend == "auto" and device.type == "cuda" and not torch.compiler.is_compiling():
-        _library.warn_of_reference(device)
+        library.warn_of_reference(device)
     fused = available and backend != "reference"
     if fused and device.type == "cuda" and dim > CUDA_MAX_DIM:
         raise ValueError(
@@ -330,10 +392,10 @@ def _choose_backend(backend: str, device: torch.device, dim: int) -> bool:
     return fused
 
 
-def _check_host_weight(weight: Tensor, bias: Tensor | None, device: torch.device, layout: int, fused: bool) -> None:
-    if not fused:
+def _check_host_weight(weight: Tensor, bias: Tensor | None, device: torch.device, layout: Layout) -> None:
+    if not layout.fused:
         raise ValueError(f"weight must be on hidden's device {device} for the reference backend, got {weight.device}")
-    if layout == _ops.DENSE and any(t is not None and t.requires_grad for t in (weight, bias)):
+    if layout.gradient_layout == DENSE and any(t is not None and t.requires_grad for t in (weight, bias)):
         raise ValueError("sparse must be True or 'padded' with a weight in host memory, got False")
     if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise ValueError(
@@ -342,6 +404,6 @@ def _check_host_weight(weight: Tensor, bias: Tensor | None, device: torch.device
         )
 
 
-def _as_rows(values: Tensor, k: int, n_examples: int) -> Tensor:
-    """[1, k] if all examples share them, else [B, k]."""
+def _by_example(values: Tensor, k: int, n_examples: int) -> Tensor:
+    """Flatten values that all examples share to [1, k], others to [B, k]."""
     return values.reshape((1, k) if values.dim() == 1 else (n_examples, k)).contiguous()

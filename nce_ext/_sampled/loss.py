@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _ops, reference
-from nce_ext._sampled import arguments as _call
-from nce_ext._sampled import shared as _shared
+from nce_ext import _checks, _warnings, reference
+from nce_ext._ops import coo, sampled_loss
+from nce_ext._ops.coo import DENSE
+from nce_ext._sampled import shared
+from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments, validate_and_flatten
 from nce_ext.noise import Noise
 
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
 _MANY_ROWS = 4  # times the number of classes
-_warned: set[str] = set()  # hints that were given; each is given once
+_Result = TypeVar("_Result")
 
 
-def sampled_loss(
+class FusedStep(Protocol):
+    """Takes the gradient of the rows instead of ``weight.grad``: see nce_ext.optim.fused_step."""
+
+    def check_rows(self) -> None:
+        """Refuse a call that leaves gradient rows, where only pairs can be taken."""
+
+    def sampled_loss(self, inputs: sampled_loss.Inputs) -> Tensor:
+        """Compute the loss of each example, [B], whose backward pass hands over its pairs."""
+
+
+def reduced_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -28,115 +39,145 @@ def sampled_loss(
     *,
     sample_weight: Tensor | None,
     reduction: str,
+    fused_step: FusedStep | None = None,
     **options: Any,
 ) -> Tensor:
-    """The reduced loss; options are those of :func:`_call.prepare`."""
-    call = _call.prepare(
+    """Compute the loss of the examples, reduced; options are those of ``validate_and_flatten``."""
+    call = validate_and_flatten(
         hidden, weight, target, noise, num_negatives, sample_weight=sample_weight, reduction=reduction,
         host_weight=True, **options,
     )  # fmt: skip
-    learns = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        if learns:
+        if grad_enabled:
             _prepare_gradient(call)
-        _hint_at_many_rows(call)
-    given = (target, options["negatives"], noise, call.ignore_index, call.subtract_log_q, options["log_q"])
+        _warn_of_many_rows(call)
+    fused, labels, correction = call.layout.fused, call.labels, call.correction
+    id_check_args = (
+        target, options["negatives"], noise, labels.ignore_index, correction.subtract_log_q, options["log_q"],
+    )  # fmt: skip
     weights = None if sample_weight is None else sample_weight.reshape(-1)
-    stepper = getattr(weight, "_nce_ext_stepper", None) if learns else None  # see _fused_step
-    if stepper is not None and (call.shared or not call.fused):
-        stepper.check_rows()
-    if call.fused and call.shared:
-        scale = None
+    if fused_step is not None and (call.shared or not fused):
+        fused_step.check_rows()
+    if fused and call.shared:
+        weight_of_examples = None
         if reduction != "none" and (weights is None or not weights.requires_grad):
-            scale = _scale(call, weights, reduction)
-        losses = guarded(_shared.losses, (call, scale, learns), given, check_first=hidden.device.type != "cpu")
+            weight_of_examples = example_weight(call, weights, reduction)
+        losses = run_with_id_errors(
+            lambda: shared.losses(call, weight_of_examples, grad_enabled), id_check_args, hidden.device
+        )
         _wait_for_rows(call)
-        if scale is not None:
+        if weight_of_examples is not None:
             return losses.sum()
-    elif call.fused:
-        needs_row_grad = learns and any(t is not None and t.requires_grad for t in (weight, call.bias, call.log_z))
-        arguments = (
-            *call.operator_arguments(), *call.objective, learns and hidden.requires_grad, needs_row_grad,
-            call.gradient_layout,
-        )  # fmt: skip
-        operator = _ops.sampled_loss if stepper is None else stepper.sampled_loss
-        losses = guarded(operator, arguments, given, check_first=hidden.device.type != "cpu")
+    elif fused:
+        inputs = inputs_of(call, grad_enabled)
+        run = _losses if fused_step is None else fused_step.sampled_loss
+        losses = run_with_id_errors(lambda: run(inputs), id_check_args, hidden.device)
         _wait_for_rows(call)
     else:
-        losses = _reference_loss(call, given)
+        _checks.ids(*id_check_args)
+        losses = _reference_losses(call)
     if reduction == "none":
-        return (losses if weights is None else losses * weights.to(losses.dtype)).reshape(call.lead)
+        return (losses if weights is None else losses * weights.to(losses.dtype)).reshape(call.layout.batch_shape)
     if reduction == "sum" and weights is None:
         return losses.sum()
-    return (losses * _scale(call, weights, reduction)).sum()
+    return (losses * example_weight(call, weights, reduction)).sum()
 
 
-def guarded(operator: Callable[..., Any], arguments: tuple, given: tuple, *, check_first: bool) -> Any:
-    """Bad ids are refused by the operator, as it reads them; once it has, they are searched for the words to say so.
+def inputs_of(call: Call, grad_enabled: bool) -> sampled_loss.Inputs:
+    """Arrange a call as the operator sampled_loss takes it."""
+    operands, candidates, correction = call.operands, call.candidates, call.correction
+    hidden, noise = operands.hidden, candidates.noise
+    of_rows = (operands.weight, operands.bias, operands.log_z)
+    return sampled_loss.Inputs(
+        **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
+        seed=candidates.seed,
+        table=noise.table,
+        kind=noise.kind,
+        num_negatives=candidates.k,
+        negatives=candidates.ids,
+        remove_hits=candidates.remove_hits,
+        **correction._asdict(),
+        **call.labels._asdict(),
+        **objective_arguments(call.objective),
+        needs_hidden_grad=grad_enabled and hidden.requires_grad,
+        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
+        gradient_layout=call.layout.gradient_layout,
+    )
 
-    On CUDA, where an operator cannot refuse, ids are checked beforehand, and only under set_debug(True).
+
+def _losses(inputs: sampled_loss.Inputs) -> Tensor:
+    return sampled_loss.sampled_loss(inputs).loss
+
+
+def run_with_id_errors(run: Callable[[], _Result], id_check_args: tuple[Any, ...], device: torch.device) -> _Result:
+    """Run an operator whose refusal of an id is put in the words of the user's arguments.
+
+    On the CPU the operator refuses bad ids as it reads them; once it has, they are searched for. On CUDA, where an
+    operator cannot refuse, they are searched for beforehand, and only under set_debug(True).
     """
     if torch.compiler.is_compiling():
-        return operator(*arguments)
-    if check_first:
-        _checks.ids(*given)
+        return run()
+    if device.type != "cpu":
+        _checks.ids(*id_check_args)
     try:
-        return operator(*arguments)
+        return run()
     except RuntimeError:
-        _checks.ids(*given)
+        _checks.ids(*id_check_args)
         raise
 
 
-def _wait_for_rows(call: _call.Call) -> None:
-    """Without a backward pass, which waits, until the rows of a weight in host memory are read: it may change then."""
-    if call.host_weight and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        torch.cuda.current_stream(call.hidden.device).synchronize()
+def _wait_for_rows(call: Call) -> None:
+    """Wait until the rows of a weight in host memory are read, where no backward pass will: they may change then."""
+    if call.operands.host_weight and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        torch.cuda.current_stream(call.operands.hidden.device).synchronize()
 
 
-def _scale(call: _call.Call, weights: Tensor | None, reduction: str) -> Tensor:
-    """[B]: what the loss of each example is multiplied by before they are added up."""
-    compute = torch.float64 if call.weight.dtype == torch.float64 else torch.float32
-    n_examples = call.target.shape[0]
-    scale = call.target.new_ones(n_examples, dtype=compute) if weights is None else weights.to(compute)
+def example_weight(call: Call, weights: Tensor | None, reduction: str) -> Tensor:
+    """Compute what the loss of each example, [B], is multiplied by before they are added up."""
+    target, compute = call.operands.target, call.operands.compute_dtype
+    scale = target.new_ones(target.shape[0], dtype=compute) if weights is None else weights.to(compute)
     if reduction == "sum":
         return scale
-    valid = call.target != call.ignore_index
-    valid = valid[:, 0] if call.target.shape[1] == 1 else valid.any(1)
+    valid = target != call.labels.ignore_index
+    valid = valid[:, 0] if target.shape[1] == 1 else valid.any(1)
     total = torch.where(valid, scale, 0).sum()
     return scale / torch.where(total == 0, 1, total)
 
 
-def _reference_loss(call: _call.Call, given: tuple) -> Tensor:
-    _checks.ids(*given)
-    noise, ids, n_examples = call.noise, call.ids, call.hidden.shape[0]
+def _reference_losses(call: Call) -> Tensor:
+    """Compute the loss of each example, [B], in plain PyTorch."""
+    operands, candidates, labels = call.operands, call.candidates, call.labels
+    noise, ids, n_examples = candidates.noise, candidates.ids, operands.hidden.shape[0]
     if ids is None:
-        assert call.seed is not None
-        ids = reference.draw(noise.kind, noise.n_classes, noise.table, call.seed, n_examples, call.k)
-    target_log_q, negative_log_q = call.log_q(ids)
+        assert candidates.seed is not None
+        ids = reference.draw(noise.kind, noise.n_classes, noise.table, candidates.seed, n_examples, candidates.k)
+    target_log_q, negative_log_q = log_q_of(call, ids)
     return reference.sampled_loss(
-        call.hidden, call.weight, call.bias, call.target, ids.expand(n_examples, call.k), call.log_z, target_log_q,
-        negative_log_q, objective=call.objective, offset=call.offset, remove_hits=call.remove_hits,
-        uniform_labels=call.uniform_labels, mean_candidates=call.mean_candidates, ignore_index=call.ignore_index,
-        sparse=call.gradient_layout != _ops.DENSE, repeated=_repeated(ids) if call.distinct else None,
+        operands.hidden, operands.weight, operands.bias, operands.target, ids.expand(n_examples, candidates.k),
+        operands.log_z, target_log_q, negative_log_q, objective=call.objective, offset=call.correction.offset,
+        remove_hits=candidates.remove_hits, **labels._asdict(), sparse=call.layout.gradient_layout != DENSE,
+        repeated=_repeated(ids) if candidates.distinct else None,
     )  # fmt: skip
 
 
 def _repeated(ids: Tensor) -> Tensor:
-    """[1, k]: whether an id occurs earlier in the row."""
+    """Mark ids [1, k] that have occurred before in their row."""
     ascending, order = ids[0].sort(stable=True)
     again = torch.cat([ascending.new_zeros(1, dtype=torch.bool), ascending[1:] == ascending[:-1]])[: len(order)]
     return torch.zeros_like(again).scatter_(0, order, again)[None]
 
 
-def _prepare_gradient(call: _call.Call) -> None:
-    if call.gradient_layout != _ops.DENSE:
-        _ops.keep_coalesced(call.weight)
-        _ops.keep_coalesced(call.bias)
+def _prepare_gradient(call: Call) -> None:
+    """Keep the flag of coalesced gradients; warn once of a dense one that is large."""
+    weight = call.operands.weight
+    if call.layout.gradient_layout != DENSE:
+        coo.made_coalesced.watch(weight)
+        coo.made_coalesced.watch(call.operands.bias)
         return
-    weight = call.weight
     size = weight.numel() * weight.element_size()
     if size > _DENSE_GRADIENT_LIMIT and weight.requires_grad:
-        _hint(
+        _warnings.warn_once(
             "dense gradient",
             f"weight.grad will be dense: {size / 2**20:.0f} MiB for {weight.shape[0]} rows of {weight.shape[1]} are "
             "written on every step. sparse=True makes the step independent of the number of rows "
@@ -144,18 +185,13 @@ def _prepare_gradient(call: _call.Call) -> None:
         )
 
 
-def _hint_at_many_rows(call: _call.Call) -> None:
-    n_examples, n_classes = call.hidden.shape[0], call.weight.shape[0]
-    rows = n_examples * (call.k + 1)
+def _warn_of_many_rows(call: Call) -> None:
+    """Warn once of a call that reads more rows than the full softmax would."""
+    n_examples, n_classes, k = call.operands.hidden.shape[0], call.operands.weight.shape[0], call.candidates.k
+    rows = n_examples * (k + 1)
     if not call.shared and rows > _MANY_ROWS * n_classes:
-        _hint(
+        _warnings.warn_once(
             "many rows",
-            f"{n_examples} examples of {call.k} + 1 candidates read {rows} rows of a table of {n_classes}: the full "
+            f"{n_examples} examples of {k} + 1 candidates read {rows} rows of a table of {n_classes}: the full "
             "softmax (F.linear_cross_entropy), or negatives that all examples share (shared=True), would be cheaper.",
         )
-
-
-def _hint(name: str, text: str) -> None:
-    if name not in _warned:
-        _warned.add(name)
-        warnings.warn(text, UserWarning, stacklevel=5)

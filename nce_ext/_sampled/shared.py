@@ -7,34 +7,50 @@ derivatives are multiplied out; nothing of size B k exists unless each example's
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
-from nce_ext._sampled.arguments import Call
+from nce_ext import _private_torch
+from nce_ext._ops import library
+from nce_ext._ops.coo import COALESCED, PADDED, is_one
+from nce_ext._ops.row_grad import GradientPairs, RowGradient, row_grad_in
+from nce_ext._ops.shared_loss import EpilogueInputs, Inputs, Outputs, RowGradInputs, shared_loss, shared_loss_
+from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments
+from nce_ext.reference.dtypes import compute_dtype
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
 # slower, and in the L2 cache on a GPU.
-_WORKSPACE = {"cpu": 2**22, "cuda": 32 * 2**20}
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 32 * 2**20}
 
 
-def losses(call: Call, scale: Tensor | None, learns: bool) -> Tensor:
-    """Loss of each example [B], or with ``scale`` [B] the sum of their products, [1]."""
-    assert call.ids is not None
-    compute = _ops.compute_dtype(call.weight.dtype)
-    target_log_q, negative_log_q = (None if q is None else q.to(compute) for q in call.log_q(call.ids))
-    hidden = call.hidden if call.hidden.stride(-1) == 1 else call.hidden.contiguous()
-    parameters = (call.weight, call.bias, call.log_z)
-    return _ops.shared_loss(
-        hidden, call.weight, call.bias, call.target, call.log_z, call.ids[0], target_log_q,
-        None if negative_log_q is None else negative_log_q[0], scale, call.distinct, call.offset, call.remove_hits,
-        call.uniform_labels, call.mean_candidates, call.ignore_index, *call.objective,
-        learns and call.hidden.requires_grad, learns and any(t is not None and t.requires_grad for t in parameters),
-        call.gradient_layout,
-    )  # fmt: skip
+def losses(call: Call, example_weight: Tensor | None, grad_enabled: bool) -> Tensor:
+    """Compute the loss of each example [B], or with ``example_weight`` [B] the sum of their products, [1]."""
+    operands, candidates, correction = call.operands, call.candidates, call.correction
+    assert candidates.ids is not None
+    target_log_q, negative_log_q = log_q_of(call, candidates.ids)
+    hidden, of_rows = operands.hidden, (operands.weight, operands.bias, operands.log_z)
+    inputs = Inputs(
+        **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
+        negatives=candidates.ids[0],
+        distinct=candidates.distinct,
+        remove_hits=candidates.remove_hits,
+        target_log_q=None if target_log_q is None else target_log_q.to(operands.compute_dtype),
+        negative_log_q=None if negative_log_q is None else negative_log_q.to(operands.compute_dtype)[0],
+        offset=correction.offset,
+        **call.labels._asdict(),
+        **objective_arguments(call.objective),
+        example_weight=example_weight,
+        needs_hidden_grad=grad_enabled and hidden.requires_grad,
+        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
+        gradient_layout=call.layout.gradient_layout,
+    )
+    return shared_loss(inputs).loss
 
 
-class _Columns:
+class SharedColumns:
     """The negatives as columns of a matrix of scores, sorted by class; of equal ones the first counts for all of them.
 
     On the CPU the others are left out. On CUDA, where one would have to wait for their number, they count 0 times.
@@ -66,103 +82,135 @@ class _Columns:
                 first, torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))[run], 0
             )
 
-    def hits(self, target: Tensor) -> Tensor:
-        """int32 [B, T, 2]: the columns of each target's class."""
+    def accidental_hits(self, target: Tensor) -> Tensor:
+        """Find the columns of each target's class: their bounds, int32 [B, T, 2]."""
         bounds = (torch.searchsorted(self.ids, target, right=right, out_int32=True) for right in (False, True))
         return torch.stack(tuple(bounds), -1)
 
 
-def _shared_loss(
-    hidden, weight, bias, target, log_z, negatives, target_log_q, negative_log_q, row_scale, distinct, offset,
-    remove_hits, uniform_labels, mean_candidates, ignore_index, objective, positive_weight, label_smoothing,
-    temperature, correct_positive, needs_hidden_grad, needs_row_grad, gradient_layout,
-):  # fmt: skip
-    batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(negatives)
-    n_targets, compute = target.shape[1], _ops.compute_dtype(weight.dtype)
-    learns = needs_hidden_grad or needs_row_grad
-    columns = _Columns(negatives, negative_log_q, n_classes, distinct=distinct)
+def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """Implement the operator ``shared_loss``."""
+    inputs = Inputs._make(arguments)
+    hidden, weight, target = inputs.hidden, inputs.weight, inputs.target
+    batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(inputs.negatives)
+    n_targets, compute = target.shape[1], compute_dtype(weight.dtype)
+    needs_rows, example_weight = inputs.needs_row_grad, inputs.example_weight
+    needs_derivatives = inputs.needs_hidden_grad or needs_rows
+    columns = SharedColumns(inputs.negatives, inputs.negative_log_q, n_classes, distinct=inputs.distinct)
     n = len(columns.ids)
-    if hidden.device.type == "cpu" and bool(columns.bad) and bool((target != ignore_index).any()):
+    if hidden.device.type == "cpu" and bool(columns.bad) and bool((target != inputs.ignore_index).any()):
         raise RuntimeError(f"negatives must be in 0 .. {n_classes - 1}, classes with a finite log q")
     # float32 products of 16-bit operands need a GPU; elsewhere the operands are widened.
-    product = weight.dtype if hidden.device.type == "cuda" or weight.dtype == compute else compute
+    product_dtype = weight.dtype if hidden.device.type == "cuda" or weight.dtype == compute else compute
     # Of a table in host memory they are gathered there, for which the ids are waited for.
     of_columns = columns.ids.to(weight.device)
-    rows = weight.index_select(0, of_columns).to(hidden.device, product)
-    shift = torch.full((n,), -offset, dtype=compute, device=hidden.device)
-    if bias is not None:
-        shift += bias.index_select(0, of_columns).to(hidden.device)
+    rows = weight.index_select(0, of_columns).to(hidden.device, product_dtype)
+    shift = torch.full((n,), -inputs.offset, dtype=compute, device=hidden.device)
+    if inputs.bias is not None:
+        shift += inputs.bias.index_select(0, of_columns).to(hidden.device)
     if columns.log_q is not None:
         shift -= columns.log_q
     # A bad negative is everybody's: it makes each example bad, by way of its targets.
+    target_log_q = inputs.target_log_q
     if target_log_q is None:
         target_log_q = target.new_zeros(target.shape, dtype=compute)
     target_log_q = torch.where(columns.bad, torch.nan, target_log_q)
     multiplicity = None if columns.multiplicity is None else columns.multiplicity.to(compute)
-    hits = columns.hits(target) if remove_hits else None
+    accidental_hits = columns.accidental_hits(target) if inputs.remove_hits else None
 
-    kept = row_scale is None and needs_row_grad  # the derivatives, for what is yet to come from above
-    loss = hidden.new_empty((batch,), dtype=compute)
-    target_ids = target.new_empty((batch if learns else 0, n_targets), dtype=torch.int32)
-    target_dlogit = hidden.new_empty((batch if learns else 0, n_targets), dtype=compute)
-    grad_hidden = hidden.new_empty((batch if needs_hidden_grad else 0, dim), dtype=compute)
-    grad_shift = hidden.new_empty((batch if learns else 0,), dtype=compute)
-    classes = torch.full((k if needs_row_grad else 0,), -1, dtype=torch.int64, device=hidden.device)
-    accumulates = needs_row_grad and not kept
+    kept = example_weight is None and needs_rows  # the derivatives, for what is yet to come from above
+    accumulates = needs_rows and not kept
+    saved = batch if needs_derivatives else 0
+    out = Outputs(
+        loss=hidden.new_empty((batch,), dtype=compute),
+        target_ids=target.new_empty((saved, n_targets), dtype=torch.int32),
+        target_dlogit=hidden.new_empty((saved, n_targets), dtype=compute),
+        grad_hidden=hidden.new_empty((batch if inputs.needs_hidden_grad else 0, dim), dtype=compute),
+        classes=torch.full((k if needs_rows else 0,), -1, dtype=torch.int64, device=hidden.device),
+        rows=hidden.new_empty((k if accumulates else 0, dim), dtype=compute),
+        elements=hidden.new_zeros((k if accumulates else 0,), dtype=compute),
+        dlogit=hidden.new_zeros((batch if kept else 0, k), dtype=compute),
+        grad_shift=hidden.new_empty((saved,), dtype=compute),
+    )
     grad_columns = hidden.new_zeros((dim, n if accumulates else 0), dtype=compute)  # transposed: the faster product
-    grad_rows = hidden.new_empty((k if accumulates else 0, dim), dtype=compute)
-    grad_elements = hidden.new_zeros((k if accumulates else 0,), dtype=compute)
-    dlogit = hidden.new_zeros((batch if kept else 0, k), dtype=compute)
-    if needs_row_grad:
-        classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
+    if needs_rows:
+        out.classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
 
-    size = max(1, min(batch, _WORKSPACE[hidden.device.type] // (max(n, 1) * shift.element_size())))
+    size = max(1, min(batch, CHUNK_BYTES[hidden.device.type] // (max(n, 1) * shift.element_size())))
     for begin in range(0, batch, size):
         chunk = slice(begin, min(begin + size, batch))
-        x = hidden[chunk].to(product)
-        logits = _product(x, rows, compute)
-        loss[chunk], *derivatives = _ops.shared_loss_(
-            logits, hidden[chunk], weight, bias, target[chunk], target_log_q[chunk],
-            None if log_z is None else log_z[chunk], shift, multiplicity, None if hits is None else hits[chunk],
-            None if row_scale is None else row_scale[chunk], offset, uniform_labels, mean_candidates, columns.n_draws,
-            ignore_index, objective, positive_weight, label_smoothing, temperature, correct_positive, learns,
-            needs_hidden_grad,
+        x = hidden[chunk].to(product_dtype)
+        logits = product_in(compute, x, rows)
+        made = shared_loss_(
+            EpilogueInputs(
+                logits, hidden[chunk], weight, inputs.bias, target[chunk], _part(inputs.log_z, chunk), shift,
+                multiplicity, _part(accidental_hits, chunk), columns.n_draws, target_log_q[chunk], inputs.offset,
+                inputs.uniform_labels, inputs.mean_candidates, inputs.ignore_index, inputs.objective,
+                inputs.positive_weight, inputs.label_smoothing, inputs.temperature, inputs.correct_positive,
+                _part(example_weight, chunk), needs_derivatives, inputs.needs_hidden_grad,
+            )
         )  # fmt: skip
-        if not learns:
+        out.loss[chunk] = made.loss
+        if not needs_derivatives:
             continue
-        target_ids[chunk], target_dlogit[chunk], of_hidden, grad_shift[chunk] = derivatives
-        factors = logits.to(product)
-        if needs_hidden_grad:
-            torch.add(of_hidden, _product(factors, rows.T, compute), out=grad_hidden[chunk])
+        out.target_ids[chunk], out.target_dlogit[chunk] = made.target_ids, made.target_dlogit
+        out.grad_shift[chunk] = made.grad_shift
+        factors = logits.to(product_dtype)
+        if inputs.needs_hidden_grad:
+            torch.add(made.grad_hidden, product_in(compute, factors, rows.T), out=out.grad_hidden[chunk])
         if kept:
-            dlogit[chunk, :n] = logits
-        elif needs_row_grad:
-            grad_columns += _product(x.T.contiguous(), factors.T, compute)
-            grad_elements[:n] += logits.sum(0)
+            out.dlogit[chunk, :n] = logits
+        elif needs_rows:
+            grad_columns += product_in(compute, x.T.contiguous(), factors.T)
+            out.elements[:n] += logits.sum(0)
     if accumulates:
-        grad_rows[:n], grad_rows[n:] = grad_columns.T, 0
-    if row_scale is not None:
-        loss = (loss * row_scale).sum().reshape(1)
-    return (
-        loss, target_ids, target_dlogit, grad_hidden, classes, grad_rows, grad_elements, dlogit, grad_shift,
-    )  # fmt: skip
+        out.rows[:n], out.rows[n:] = grad_columns.T, 0
+    if example_weight is None:
+        return out
+    return out._replace(loss=(out.loss * example_weight).sum().reshape(1))
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b^T, summed in float32 or float64 whatever the operands' dtype."""
-    return _ops.product(a, b) if a.dtype == dtype else torch.mm(a, b.T, out_dtype=dtype)
+def _part(values: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if values is None else values[chunk]
 
 
-def _shared_row_grad(
-    target_ids, target_dlogit, grad_loss, hidden, classes, rows, elements, dlogit, n_classes, dtype, with_rows,
-    with_bias, gradient_layout,
-):  # fmt: skip
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices, a b^T, summed in float32 or float64 whatever the operands' dtype."""
+    return product(a, b) if a.dtype == dtype else torch.mm(a, b.T, out_dtype=dtype)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices, a b^T.
+
+    For float32 on the CPU by oneDNN, where torch has it: its own choice, MKL, runs at half the speed or less on
+    processors that are not Intel's. The operator is torch's own affair, so it is tried once before it is relied on.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() and b.numel() and _one_dnn_works():
+        return _private_torch.one_dnn_product(a, b)
+    return a @ b.T
+
+
+@functools.cache
+def _one_dnn_works() -> bool:
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4).T
+    try:
+        return torch.equal(_private_torch.one_dnn_product(a, b), a @ b.T)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def merged_row_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Implement the operator ``shared_row_grad``."""
+    inputs = RowGradInputs._make(arguments)
+    grad_loss, hidden, n_classes = inputs.grad_loss, inputs.hidden, inputs.n_classes
+    classes, rows, elements, dlogit = inputs.classes, inputs.rows, inputs.elements, inputs.dlogit
+    with_rows, with_bias, gradient_layout = inputs.with_rows, inputs.with_bias, inputs.gradient_layout
     batch = hidden.shape[0]
     present = classes >= 0
     if classes.device.type == "cpu":
         n = int(present.sum())
         classes, rows, elements, dlogit = classes[:n], rows[:n], elements[:n], dlogit[:, :n]
-    elif gradient_layout == _ops.COALESCED:  # waits, as row_grad does
+    elif gradient_layout == COALESCED:  # waits, as row_grad does
         keep = present.nonzero()[:, 0]
         classes, rows, elements, dlogit = (
             classes[keep],
@@ -172,46 +220,49 @@ def _shared_row_grad(
         )
     upstream = grad_loss.expand(batch)
     if not batch:
-        if gradient_layout == _ops.COALESCED:  # nothing was touched
+        if gradient_layout == COALESCED:  # nothing was touched
             classes = classes[:0]
         rows = hidden.new_zeros((len(classes), hidden.shape[1]), dtype=dlogit.dtype)
         elements = dlogit.new_zeros(len(classes))
     elif dlogit.shape[0] == batch:
-        rows = _ops.product(dlogit.T, (hidden.to(dlogit.dtype) * upstream[:, None]).T) if with_rows else rows
+        rows = product(dlogit.T, (hidden.to(dlogit.dtype) * upstream[:, None]).T) if with_rows else rows
         elements = dlogit.T @ upstream
-    elif not _ops.is_one(grad_loss):
+    elif not is_one(grad_loss):
         rows, elements = rows * grad_loss if with_rows else rows, elements * grad_loss
 
-    # In full precision until targets' and negatives' parts are added up.
-    rest = (upstream, hidden, n_classes, dlogit.dtype, with_rows, with_bias)
+    targets = GradientPairs(inputs.target_ids, inputs.target_dlogit, upstream, hidden)
     known = torch.where(classes >= 0, classes, 0)  # the others' rows are zero
-    if gradient_layout == _ops.PADDED:
-        of_targets, target_rows, target_elements = _ops.row_grad(target_ids, target_dlogit, *rest, True)
-        rows = torch.cat([target_rows, rows]) if with_rows else target_rows
-        elements = torch.cat([target_elements, elements]) if with_bias else target_elements
-        return torch.cat([of_targets, known]), rows.to(dtype), elements.to(dtype)
-    if gradient_layout == _ops.DENSE:
-        merged, place = classes.new_empty((0,)), known
-        total, total_elements = _ops.row_grad_dense(target_ids, target_dlogit, *rest)
+    place = known
+    if gradient_layout == COALESCED:
+        targets = _with_classes(targets, classes)
+    # In full precision until targets' and negatives' parts are added up.
+    total = row_grad_in(gradient_layout, targets, n_classes, dlogit.dtype, with_rows=with_rows, with_bias=with_bias)
+    if gradient_layout == PADDED:
+        total = RowGradient(
+            torch.cat([total.classes, known]),
+            torch.cat([total.rows, rows]) if with_rows else total.rows,
+            torch.cat([total.elements, elements]) if with_bias else total.elements,
+        )
     else:
-        merged, total, total_elements = _ops.row_grad(*_with_classes(target_ids, target_dlogit, classes), *rest, False)
-        place = torch.searchsorted(merged, classes)
-    if with_rows:
-        total.index_add_(0, place, rows)
-    if with_bias:
-        total_elements.index_add_(0, place, elements)
-    return merged, total.to(dtype), total_elements.to(dtype)
+        if gradient_layout == COALESCED:
+            place = torch.searchsorted(total.classes, classes)
+        if with_rows:
+            total.rows.index_add_(0, place, rows)
+        if with_bias:
+            total.elements.index_add_(0, place, elements)
+    return RowGradient(total.classes, total.rows.to(inputs.dtype), total.elements.to(inputs.dtype))
 
 
-def _with_classes(ids: Tensor, dlogit: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """More columns, with derivative 0, so that the gradient of the targets has rows for these classes too."""
-    batch = len(ids)
+def _with_classes(pairs: GradientPairs, classes: Tensor) -> GradientPairs:
+    """Add columns of derivative 0, so that the gradient of the pairs has rows for these classes too."""
+    ids, dlogit, batch = pairs.ids, pairs.dlogit, len(pairs.ids)
     width = -(-len(classes) // batch) if batch else 0
     more = ids.new_full((batch, width), -1)
     if batch:
         more.view(-1)[: len(classes)] = classes.to(ids.dtype)
-    return torch.cat([ids, more], 1), torch.cat([dlogit, torch.zeros_like(more, dtype=dlogit.dtype)], 1)
+    zeros = torch.zeros_like(more, dtype=dlogit.dtype)
+    return pairs._replace(ids=torch.cat([ids, more], 1), dlogit=torch.cat([dlogit, zeros], 1))
 
 
-_ops.implement("shared_loss", _shared_loss)
-_ops.implement("shared_row_grad", _shared_row_grad)
+library.implement("shared_loss", _shared_loss)
+library.implement("shared_row_grad", merged_row_grad)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
-from nce_ext._ops import compute_dtype
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import pairwise as _pairwise
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
-from nce_ext._ops import compute_dtype
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["CrossBatchMemory", "PaddedMemory", "Remembered"]
 

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext._checks import describe
-from nce_ext._ops import draw_seed
+from nce_ext._ops.sample import draw_seed
 
 __all__ = ["Collectives"]
 
@@ -181,7 +182,7 @@ class Collectives:
             else:
                 with contextlib.suppress(RuntimeError):
                     self._exchange("refuse", {}, refusal=text)
-            self._tell(error)
+            self._mark_told(error)
             raise
         finally:
             self._agreed = outer
@@ -194,14 +195,14 @@ class Collectives:
         messages = [json.loads(text) for text in self._gather_text(text)]
         refusals = [message["refusal"] for message in messages if "refusal" in message]
         if refusals:
-            raise self._tell(RuntimeError(f"a step was refused: {'; '.join(refusals)}"))
+            raise self._mark_told(RuntimeError(f"a step was refused: {'; '.join(refusals)}"))
         for name in dict.fromkeys(name for message in messages for name in message["values"]):
             ranks: dict[str, list[int]] = {}
             for rank, message in enumerate(messages):
-                ranks.setdefault(_shown(message["values"].get(name)), []).append(rank)
+                ranks.setdefault(_value_in_words(message["values"].get(name)), []).append(rank)
             if len(ranks) > 1:
-                got = [f"{value} on {_named(where)}" for value, where in ranks.items()]
-                raise self._tell(ValueError(f"{name} must be the same on all ranks, got {_listed(got)}"))
+                got = [f"{value} on {_ranks_in_words(where)}" for value, where in ranks.items()]
+                raise self._mark_told(ValueError(f"{name} must be the same on all ranks, got {_list_in_words(got)}"))
         return messages
 
     def _gather_text(self, text: str) -> list[str]:
@@ -229,7 +230,7 @@ class Collectives:
 
     def _check_usable(self) -> None:
         if self._link.failure is not None:
-            raise self._tell(RuntimeError(f"{self._link.failure}. The group cannot be used again: start anew"))
+            raise self._mark_told(RuntimeError(f"{self._link.failure}. The group cannot be used again: start anew"))
 
     @contextlib.contextmanager
     def _watched(self, t: Tensor) -> Iterator[None]:
@@ -241,9 +242,9 @@ class Collectives:
             yield
         except RuntimeError as error:
             self._link.give_up()
-            raise self._tell(RuntimeError(self._link.failure)) from error
+            raise self._mark_told(RuntimeError(self._link.failure)) from error
 
-    def _tell(self, error: BaseException) -> BaseException:
+    def _mark_told(self, error: BaseException) -> BaseException:
         """An error that the other ranks know of, which a step around it need not tell them."""
         error.told_by = self._link  # type: ignore[attr-defined]
         return error
@@ -257,7 +258,7 @@ class _Link:
         self.store = dist.PrefixStore("nce_ext", group.get_group_store())
         self.failure: str | None = None
         self.gloo: Any = None
-        timeout = _timeout_of(group).total_seconds()
+        timeout = (_private_torch.timeout_of(group) or dist.default_pg_timeout).total_seconds()
         self.grace = min(_GRACE, _GRACE_PART * timeout)
         if self.size > 1:
             patience = timedelta(seconds=timeout - 2 * self.grace)
@@ -306,7 +307,9 @@ class _Link:
             return f"a step failed: {'; '.join(raised[rank] for rank in sorted(raised))}"
         if silent:
             verb = "is" if len(silent) == 1 else "are"
-            return f"a collective failed: {_named(sorted(silent))} {verb} missing (no sign for {self.grace:g} s)"
+            return (
+                f"a collective failed: {_ranks_in_words(sorted(silent))} {verb} missing (no sign for {self.grace:g} s)"
+            )
         return "a collective failed, though no rank is missing: one came too late, or the connection is lost"
 
     def close(self) -> None:
@@ -323,21 +326,13 @@ def _close_all() -> None:
         link.close()
 
 
-def _timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Of the group's first backend. No public name tells it."""
-    try:
-        return group._get_backend(group._device_types[0]).options._timeout
-    except (AttributeError, IndexError, RuntimeError):
-        return dist.default_pg_timeout
-
-
-def _shown(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def _named(ranks: list[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {_listed([str(rank) for rank in ranks])}"
+def _ranks_in_words(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {_list_in_words([str(rank) for rank in ranks])}"
 
 
-def _listed(items: list[str]) -> str:
+def _list_in_words(items: list[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

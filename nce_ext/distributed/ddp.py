@@ -11,15 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nce_ext import _ops
+from nce_ext import _private_torch
 from nce_ext._checks import describe
+from nce_ext._ops.row_grad import coalesce
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.losses import _SampledLoss
 
 __all__ = ["RowSparseDDP", "reduce_sparse_gradients", "sparse_gradient_hook"]
 
 
-class RowSparseDDP(DistributedDataParallel):
+class RowSparseDDP(_private_torch.SaysWhatIsSparse, DistributedDataParallel):
     """DistributedDataParallel that reduces row-sparse gradients as rows, at a cost that does not depend on V.
 
     Equivalent, after every backward, for each parameter with a sparse gradient, to::
@@ -61,21 +62,17 @@ class RowSparseDDP(DistributedDataParallel):
         if len(arguments) < 4 and "broadcast_buffers" not in options:
             options.setdefault("forward_sync_buffers" if new else "broadcast_buffers", False)
         super().__init__(module, *arguments, **options)
-        if not self._told:
+        if not self._was_asked:
             raise RuntimeError(
                 f"RowSparseDDP has to tell DDP what is sparse, and torch {torch.__version__} did not ask"
             )
         self.collectives = Collectives(self.process_group)
         self.register_comm_hook(self.collectives, sparse_gradient_hook)
 
-    _told = False
-
-    def _build_params_for_reducer(self) -> tuple[list[Tensor], list[bool]]:
-        """DDP's own, which asks only the modules of torch.nn whether they are sparse."""
-        parameters, sparse = super()._build_params_for_reducer()
-        rows = {id(p) for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse for p in _rows_of(m)}
-        self._told = True
-        return parameters, [known or id(p) in rows for known, p in zip(sparse, parameters, strict=True)]
+    def _sparse_parameters(self) -> list[nn.Parameter]:
+        """List the tables of the module's losses that give sparse gradients."""
+        losses = (m for m in self.module.modules() if isinstance(m, _SampledLoss) and m.sparse)
+        return [table for loss_fn in losses for table in (loss_fn.weight, loss_fn.bias) if table is not None]
 
 
 def sparse_gradient_hook(
@@ -101,7 +98,7 @@ def sparse_gradient_hook(
         return work.get_future().then(lambda reduced: reduced.value()[0])
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     with collectives.step():
-        mean = _merged(gradient, gradient, collectives)
+        mean = _mean_over_ranks(gradient, gradient, collectives)
         assert mean is not None
     future.set_result(mean)
     return future
@@ -139,12 +136,12 @@ def reduce_sparse_gradients(parameters: Iterable[Tensor], group: dist.ProcessGro
             if p.grad is not None and not (p.grad.is_sparse and p.grad.sparse_dim() == 1):
                 raise TypeError(f"parameters must have row-sparse gradients, got {describe(p.grad)} at index {i}")
         collectives.agree(**{"the number of parameters": len(parameters)})
-        reduced = [_merged(p.grad, p, collectives) for p in parameters]
+        reduced = [_mean_over_ranks(p.grad, p, collectives) for p in parameters]
     for p, gradient in zip(parameters, reduced, strict=True):
         p.grad = gradient
 
 
-def _merged(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
+def _mean_over_ranks(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> Tensor | None:
     """The mean over ranks of COO gradients [V, ...], coalesced; the rows of a class are added in the order of ranks."""
     shape = tuple(like.shape)
     # Half the bytes of int64, wherever classes fit.
@@ -152,8 +149,8 @@ def _merged(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> 
     if gradient is None:
         ids, rows = like.new_zeros((0,), dtype=narrow), like.new_zeros((0, *shape[1:]))
     else:
-        own = _ops.coalesce(gradient)
-        ids, rows = own._indices()[0].to(narrow), own._values()
+        own = coalesce(gradient)
+        ids, rows = _private_torch.coo_classes(own).to(narrow), _private_torch.coo_rows(own)
     common: dict[str, Any] = {"the shape of the gradient": shape, "the dtype of the gradient": str(rows.dtype)}
     sizes = collectives.sizes(-1 if gradient is None else len(ids), **common)
     if max(sizes) < 0:
@@ -161,10 +158,6 @@ def _merged(gradient: Tensor | None, like: Tensor, collectives: Collectives) -> 
     sizes = [max(n, 0) for n in sizes]
     ids, rows = collectives.all_gather(ids, sizes), collectives.all_gather(rows, sizes)
     whole = torch.sparse_coo_tensor(ids.long()[None], rows, shape, check_invariants=False)
-    whole = _ops.coalesce(whole) if collectives.size > 1 else whole._coalesced_(True)
-    whole._values().div_(collectives.size)
+    whole = coalesce(whole) if collectives.size > 1 else _private_torch.flag_coalesced(whole)
+    _private_torch.coo_rows(whole).div_(collectives.size)
     return whole
-
-
-def _rows_of(loss_fn: _SampledLoss) -> list[nn.Parameter]:
-    return [p for p in (loss_fn.weight, loss_fn.bias) if p is not None]

@@ -40,7 +40,7 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     with collectives.step():
         if not isinstance(rows, Tensor) or rows.dim() < 1:
             raise ValueError(f"rows must be a tensor [n, ...], got {describe(rows)}")
-        row: dict[str, Any] = {"the shape of a row": tuple(rows.shape[1:]), **_types(rows=rows)}
+        row: dict[str, Any] = {"the shape of a row": tuple(rows.shape[1:]), **_dtypes(rows=rows)}
         sizes = collectives.sizes(rows.shape[0], **row)
         return collectives.all_gather(rows.detach(), sizes)
 
@@ -134,27 +134,27 @@ class GatheredLoss(nn.Module):
         """
         c, data = self.collectives, _pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
         with c.step():
-            directions, options = self._local(query, key, negatives, data, query_log_q)
-            sizes = c.sizes(query.shape[0], **self._common(query, key, negatives, data, query_log_q))
-            others = _Others(c, sizes)
+            directions, options = self._prepare_own(query, key, negatives, data, query_log_q)
+            sizes = c.sizes(query.shape[0], **self._must_agree(query, key, negatives, data, query_log_q))
+            others = _OtherRanks(c, sizes)
             # In each direction the columns are one tower's vectors, with the log q of that tower.
             towers = (key, query)[: len(directions)]
-            columns = [self._columns(others, t, own) for t, (*_, own) in zip(towers, directions, strict=True)]
+            columns = [self._gather_columns(others, t, own) for t, (*_, own) in zip(towers, directions, strict=True)]
             own_query, own_key, own_negatives, _ = directions[0]
-            scale, bias = self._scalars(own_query)
-            call = _Call(others, columns, options, c.size if self.ddp else 1)
-            losses = _Gathered.apply(own_query, own_key, own_negatives, scale, bias, call)
+            scale, bias = self._scale_and_bias(own_query)
+            call = _GatheredCall(others, columns, options, c.size if self.ddp else 1)
+            losses = _GatheredLosses.apply(own_query, own_key, own_negatives, scale, bias, call)
         return losses / max(sum(sizes), 1) if self.loss_fn.reduction == "mean" else losses
 
     def extra_repr(self) -> str:
         return f"rank={self.collectives.rank}, size={self.collectives.size}, ddp={self.ddp}"
 
-    def _local(
+    def _prepare_own(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
     ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]], _pairwise.Options]:
         """What the wrapped loss makes of this rank's own arguments, refusals included."""
         loss_fn = self.loss_fn
-        total, learns = loss_fn.reduction != "none", torch.is_grad_enabled()
+        total, grad_enabled = loss_fn.reduction != "none", torch.is_grad_enabled()
         if isinstance(loss_fn, InfoNCELoss):
             return loss_fn._directions(query, key, negatives, data, query_log_q), loss_fn._options(total)
         for name, value in (("log_q", data.log_q), ("query_log_q", query_log_q)):
@@ -162,9 +162,9 @@ class GatheredLoss(nn.Module):
                 raise ValueError(f"{name} must be None with a SigmoidContrastiveLoss, got {describe(value)}")
         _arguments.check(query, key, negatives, data, True)
         prepared = contrastive._prepared(loss_fn.normalize, query, key, negatives)
-        return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, learns, loss_fn.max_logits)
+        return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, grad_enabled, loss_fn.max_logits)
 
-    def _scalars(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scale_and_bias(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         loss_fn = self.loss_fn
         if isinstance(loss_fn, InfoNCELoss):
             return contrastive._scale(loss_fn._scale, loss_fn.logit_scale, like, loss_fn.max_scale), None
@@ -172,7 +172,7 @@ class GatheredLoss(nn.Module):
         bias = like.new_full((), loss_fn._bias) if learned is None else learned.to(like.dtype)
         return contrastive._scale(loss_fn._scale, loss_fn.logit_scale, like, None), bias
 
-    def _common(
+    def _must_agree(
         self,
         query: Tensor,
         key: Tensor,
@@ -181,18 +181,20 @@ class GatheredLoss(nn.Module):
         query_log_q: Tensor | None,
     ) -> dict[str, int | str | tuple[int, ...]]:
         """What has to be the same on all ranks, by the names that a refusal gives it."""
-        given = {"query": query, "key": key, "negatives": negatives, "query_log_q": query_log_q, **data._asdict()}
-        tensors = {name: value for name, value in given.items() if value is not None}
-        learns = [name for name, value in (*tensors.items(), *self.loss_fn.named_parameters()) if value.requires_grad]
+        arguments = {"query": query, "key": key, "negatives": negatives, "query_log_q": query_log_q, **data._asdict()}
+        tensors = {name: value for name, value in arguments.items() if value is not None}
+        with_gradient = [
+            name for name, value in (*tensors.items(), *self.loss_fn.named_parameters()) if value.requires_grad
+        ]
         common: dict[str, int | str | tuple[int, ...]] = {
             "D": query.shape[1],
-            **_types(query=query, key=key),
+            **_dtypes(query=query, key=key),
             "the set of arguments": ", ".join(tensors),
-            "what requires a gradient": ", ".join(learns if torch.is_grad_enabled() else []),
+            "what requires a gradient": ", ".join(with_gradient if torch.is_grad_enabled() else []),
         }
         if negatives is not None:
             common["the shape of negatives"] = tuple(negatives.shape)
-            common.update(_types(negatives=negatives))
+            common.update(_dtypes(negatives=negatives))
         if query.device.type == "cpu" or _library.debug_enabled():
             common["loss_fn"] = f"{type(self.loss_fn).__name__}({self.loss_fn.extra_repr()})"
             for name in ("negatives", "negative_ids", "negative_mask", "negative_log_q"):
@@ -201,50 +203,50 @@ class GatheredLoss(nn.Module):
         return common
 
     @torch.no_grad()
-    def _columns(self, others: _Others, vectors: Tensor, own: _pairwise.Data) -> _Columns:
+    def _gather_columns(self, others: _OtherRanks, vectors: Tensor, own: _pairwise.Data) -> _OtherColumns:
         """The other ranks' vectors and their data, for the same of this rank: as explicit negatives, before those."""
-        vectors = others.of(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
+        vectors = others.gather(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
         if self.loss_fn.normalize:
             vectors = contrastive._unit_length(vectors)
         ids = None if own.ids is None else own.ids.long()
         log_q = None if own.log_q is None else own.log_q.to(vectors.dtype)
         # Without negative_ids there are fewer of these than columns, and no explicit negative is masked by its id.
-        column_ids = None if ids is None else _joined(others.of(ids), own.negative_ids)
-        column_log_q = None if log_q is None else _joined(others.of(log_q), own.negative_log_q)
-        return _Columns(vectors, _pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
+        column_ids = None if ids is None else _prepended(others.gather(ids), own.negative_ids)
+        column_log_q = None if log_q is None else _prepended(others.gather(log_q), own.negative_log_q)
+        return _OtherColumns(vectors, _pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
 
 
-class _Others:
+class _OtherRanks:
     """The rows of the other ranks, and the way back."""
 
     def __init__(self, collectives: Collectives, sizes: list[int]) -> None:
         self.collectives, self.sizes = collectives, sizes
         self.start = sum(sizes[: collectives.rank])
 
-    def of(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor) -> Tensor:
         whole = self.collectives.all_gather(own, self.sizes)
         return torch.cat([whole[: self.start], whole[self.start + own.shape[0] :]])
 
-    def returned(self, own: Tensor, others: Tensor) -> Tensor:
+    def sum_at_owner(self, own: Tensor, others: Tensor) -> Tensor:
         """What all ranks have for this rank's rows, of what each has for its own and for those of the others."""
         return self.collectives.reduce_scatter(torch.cat([others[: self.start], own, others[self.start :]]), self.sizes)
 
 
-class _Columns(NamedTuple):
+class _OtherColumns(NamedTuple):
     """What the rows of one direction are told apart from, beside this rank's own vectors."""
 
     others: Tensor
     data: _pairwise.Data
 
 
-class _Call(NamedTuple):
-    others: _Others
-    columns: list[_Columns]  # of query against keys and, if symmetric, of key against queries
+class _GatheredCall(NamedTuple):
+    others: _OtherRanks
+    columns: list[_OtherColumns]  # of query against keys and, if symmetric, of key against queries
     options: _pairwise.Options
     factor: int  # of the gradients of query and key
 
 
-class _Gathered(torch.autograd.Function):
+class _GatheredLosses(torch.autograd.Function):
     """The sum of all ranks' losses, or [n]; as in _pairwise.Pairwise, a sum has its gradients made in forward."""
 
     @staticmethod
@@ -252,7 +254,7 @@ class _Gathered(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         operands, total = (query, key, negatives, scale, bias), call.options.total
         needs = tuple(ctx.needs_input_grad[:5]) if call.options.grad_enabled and total else (False,) * 5
-        losses, gradients = _swept(operands, call, needs, torch.ones_like(query[:, 0]))
+        losses, gradients = _sweep_directions(operands, call, needs, torch.ones_like(query[:, 0]))
         if not total:
             ctx.call = call
             ctx.save_for_backward(*operands)
@@ -272,13 +274,13 @@ class _Gathered(torch.autograd.Function):
             gradients = [None if g is None else g * upstream for g in ctx.saved_tensors]
         else:
             with call.others.collectives.step(agreed=True):
-                _, gradients = _swept(ctx.saved_tensors, call, tuple(ctx.needs_input_grad[:5]), upstream)
+                _, gradients = _sweep_directions(ctx.saved_tensors, call, tuple(ctx.needs_input_grad[:5]), upstream)
         query, key, *rest = gradients
         return (*(g if g is None else g * call.factor for g in (query, key)), *rest, None)
 
 
-def _swept(
-    operands: tuple[Tensor, ...], call: _Call, needs: tuple[bool, ...], upstream: Tensor
+def _sweep_directions(
+    operands: tuple[Tensor, ...], call: _GatheredCall, needs: tuple[bool, ...], upstream: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Losses of this rank's rows [n], and the gradients of the sum over all ranks of upstream * losses."""
     query, key, negatives, scale, bias = operands
@@ -296,29 +298,29 @@ def _swept(
         parts.append(g)
 
     first, back = parts[0], parts[1] if len(parts) > 1 else _pairwise.Gradients(None, None, None, None, None)
-    of_query, of_key = _sum(first.query, back.key), _sum(first.key, back.query)
+    of_query, of_key = _add_given(first.query, back.key), _add_given(first.key, back.query)
     of_keys, of_negatives, of_queries = first.negatives, None, back.negatives
     if of_keys is not None:
         of_keys, of_negatives = of_keys.split((len(call.columns[0].others), 0 if negatives is None else len(negatives)))
     if of_key is not None and of_keys is not None:
-        of_key = call.others.returned(of_key, of_keys)
+        of_key = call.others.sum_at_owner(of_key, of_keys)
     if of_query is not None and of_queries is not None:
-        of_query = call.others.returned(of_query, of_queries)
+        of_query = call.others.sum_at_owner(of_query, of_queries)
     of_negatives = collectives.all_reduce(of_negatives) if needs_negatives and of_negatives is not None else None
-    scalars = [_sum(first.scale, back.scale), _sum(first.bias, back.bias)]
+    scalars = [_add_given(first.scale, back.scale), _add_given(first.bias, back.bias)]
     scalars = [None if g is None else collectives.all_reduce(g) for g in scalars]
     return torch.stack(losses).mean(0), [of_query, of_key, of_negatives, *scalars]
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _add_given(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _joined(a: Tensor, b: Tensor | None) -> Tensor:
+def _prepended(a: Tensor, b: Tensor | None) -> Tensor:
     return a if b is None else torch.cat([a, b.to(a.dtype)])
 
 
-def _types(**tensors: Tensor) -> dict[str, str]:
+def _dtypes(**tensors: Tensor) -> dict[str, str]:
     return {f"the dtype of {name}": str(t.dtype).removeprefix("torch.") for name, t in tensors.items()}
 
 

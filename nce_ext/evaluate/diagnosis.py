@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._ops import compute_dtype
 from nce_ext.losses import SampledSoftmaxLoss
 from nce_ext.noise import Noise
+from nce_ext.reference.dtypes import compute_dtype
 
 
 class GradientError(NamedTuple):

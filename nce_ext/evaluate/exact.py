@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._ops import compute_dtype
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["OutputLayer", "nll", "perplexity", "topk"]
 

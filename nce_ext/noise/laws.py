@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nce_ext import _checks, _ops, reference
-from nce_ext._ops import draw_seed
+from nce_ext import _checks, reference
+from nce_ext._ops.alias_table import alias_table
+from nce_ext._ops.sample import draw_seed, sample
 
 # sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
 _DRAWS, _DRAWS_PER_ID = 2**22, 64
@@ -60,7 +61,11 @@ class Noise(nn.Module):
         examples, slots = math.prod(sizes[:-1]), sizes[-1] if sizes else 1
         if examples > 2**32 or slots > 2**32:
             raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
-        return _ops.sample(self.kind, self.n_classes, self.table, seed, examples, slots).view(sizes)
+        return self.draw(seed, examples, slots).view(sizes)
+
+    def draw(self, seed: Tensor, examples: int, slots: int) -> Tensor:
+        """Draw ``slots`` ids for each of ``examples`` examples: ``sample`` of a known seed, without its checks."""
+        return sample(seed, self.table, self.kind, self.n_classes, examples, slots)
 
     def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """Compute the log-probability with which ``sample`` draws each id.
@@ -285,7 +290,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 def alias_table_of(counts: Tensor, power: float) -> Tensor:
     """Build the alias table, int32 [V, 4], of the law proportional to float64 counts ** power."""
-    return _ops.alias_table(*_unnormalised_law(counts, power))
+    return alias_table(*_unnormalised_law(counts, power))
 
 
 def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable takes seconds to import
 
-from nce_ext import _checks, _ops
+from nce_ext import _checks, _private_torch
 from nce_ext._checks import describe
+from nce_ext._ops.coo import coo, flag_coalesced
+from nce_ext._ops.row_grad import NO_DOUBLE_BACKWARD, GradientPairs, row_grad, row_grad_norm
+from nce_ext._ops.row_grad_step import row_grad_step_
+from nce_ext._ops.row_step import row_step_
+from nce_ext._ops.sampled_loss import Inputs as SampledLossInputs
+from nce_ext._ops.sampled_loss import sampled_loss
+from nce_ext._ops.scatter_step import scatter_step_
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim.rules import SGD
+from nce_ext.reference.dtypes import compute_dtype
 
 TWICE = (
     "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "
@@ -29,36 +36,29 @@ TWICE = (
 _DIFFERENT = -1  # columns of calls that cannot be merged
 
 
-class _Pairs(NamedTuple):
-    """What the gradient of weight and bias is the sum of, as row_grad takes it."""
-
-    ids: Tensor  # int32 [B, C], -1: none
-    dlogit: Tensor  # [B, C]
-    grad_loss: Tensor  # [B]
-    hidden: Tensor  # [B, D]
-
-
-class _Loss(torch.autograd.Function):
-    """The operator sampled_loss, whose backward hands its pairs to a stepper."""
+class FusedLoss(torch.autograd.Function):
+    """The operator sampled_loss, whose backward hands its pairs to a fused step."""
 
     @staticmethod
-    def forward(ctx, hidden, log_z, anchor, arguments, stepper):
-        loss, ids, dlogit, grad_hidden = _ops.sampled_loss_parts(*arguments)
+    def forward(ctx, hidden, log_z, weight, inputs, fused_step):
+        loss, ids, dlogit, grad_hidden = sampled_loss(inputs)
         ctx.save_for_backward(hidden, ids, dlogit, grad_hidden)
-        ctx.stepper, ctx.done = stepper, False
-        ctx.of_rows = torch.autograd.graph.get_gradient_edge(anchor).node
+        ctx.fused_step, ctx.done = fused_step, False
+        ctx.of_rows = torch.autograd.graph.get_gradient_edge(weight).node
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
         if torch.is_grad_enabled():
-            raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
-        if torch._C._will_engine_execute_node(ctx.of_rows):  # not where autograd.grad is after hidden's gradient alone
+            raise RuntimeError(NO_DOUBLE_BACKWARD)
+        if _private_torch.will_run_in_this_pass(
+            ctx.of_rows
+        ):  # not where autograd.grad is after hidden's gradient alone
             if ctx.done:
                 raise RuntimeError(TWICE)
             ctx.done = True
-            ctx.stepper.add(_Pairs(ids, dlogit, grad_loss, hidden.detach()))
+            ctx.fused_step.add(GradientPairs(ids, dlogit, grad_loss, hidden.detach()))
         needs_hidden, needs_log_z = ctx.needs_input_grad[:2]
         return (
             (grad_hidden * grad_loss[:, None]).to(hidden.dtype) if needs_hidden else None,
@@ -67,11 +67,11 @@ class _Loss(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _Pass:
+class BackwardPass:
     """What one backward pass has brought so far."""
 
     def __init__(self) -> None:
-        self.pairs: list[_Pairs] = []
+        self.pairs: list[GradientPairs] = []
         self.rows: list[tuple[nn.Parameter, Tensor]] = []  # gradients of the stand-ins
 
 
@@ -99,8 +99,8 @@ class FusedStep:
         self.grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._parameters = [p for p in (weight, bias) if p is not None]
         # Passes under way, by the engine's number. The engine alone holds them: one that fails is gone with its pairs.
-        self._under_way: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
-        self._waiting: list[_Pairs] = []  # of passes that are over
+        self._under_way: weakref.WeakValueDictionary[int, BackwardPass] = weakref.WeakValueDictionary()
+        self._waiting: list[GradientPairs] = []  # of passes that are over
         self._passes = 0
         self._lock = threading.RLock()  # passes of several threads step one after the other
 
@@ -108,7 +108,7 @@ class FusedStep:
         """None: a copy of the loss is not fused, as no optimizer that its owner knows has the copied parameters."""
         return type(None), ()
 
-    @_disable_dynamo  # what happens at the end of backward cannot be traced
+    @_private_torch.run_eagerly  # what happens at the end of backward cannot be traced
     def loss(
         self,
         function: Callable[..., Tensor],
@@ -127,7 +127,8 @@ class FusedStep:
             )
         self._check(weight, bias)
         weight, bias = self._stand_ins()
-        return function(hidden, weight, target, noise, num_negatives, bias=bias, **{**options, "sparse": True})
+        options = {**options, "bias": bias, "sparse": True, "fused_step": self}
+        return function(hidden, weight, target, noise, num_negatives, **options)
 
     def _check(self, weight: Tensor, bias: Tensor | None) -> None:
         """Whatever could stop a step stops the forward pass."""
@@ -158,7 +159,6 @@ class FusedStep:
         stand_ins = []
         for p in self._parameters:
             stand_in = p.detach().requires_grad_()
-            stand_in._nce_ext_stepper = self  # type: ignore[attr-defined]
             stand_in.register_post_accumulate_grad_hook(self._take_rows(p))
             stand_ins.append(stand_in)
         return stand_ins[0], stand_ins[1] if len(stand_ins) == 2 else None
@@ -171,11 +171,11 @@ class FusedStep:
             if stand_in.grad is None:  # pairs have come instead
                 return
             if torch.is_grad_enabled():
-                raise RuntimeError(_ops.NO_DOUBLE_BACKWARD)
+                raise RuntimeError(NO_DOUBLE_BACKWARD)
             if done:
                 raise RuntimeError(TWICE)
             done = True
-            _ops.flag_coalesced(stand_in)
+            flag_coalesced(stand_in)
             self._this_pass().rows.append((p, stand_in.grad))
             stand_in.grad = None
 
@@ -189,29 +189,27 @@ class FusedStep:
                 "gradient rows are not exchanged"
             )
 
-    def sampled_loss(self, *arguments: Any) -> Tensor:
-        """The operator's loss [B], arguments as its own."""
-        hidden, weight, log_z = arguments[0], arguments[1], arguments[4]
-        plain = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-        plain[-3:-1] = [hidden.requires_grad, True]  # the gradients of hidden and of the rows
-        anchor = weight  # so that the loss has a graph even if hidden has none
-        return _Loss.apply(hidden, log_z, anchor, plain, self)
+    def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
+        """Run the operator sampled_loss, whose backward will leave its pairs here; the loss of each example [B]."""
+        plain = inputs._make(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        plain = plain._replace(needs_hidden_grad=inputs.hidden.requires_grad, needs_row_grad=True)
+        return FusedLoss.apply(inputs.hidden, inputs.log_z, inputs.weight, plain, self)
 
     # During backward.
 
-    def _this_pass(self) -> _Pass:
+    def _this_pass(self) -> BackwardPass:
         """What the backward pass under way has brought; the first to ask has it end with a step."""
-        task = torch._C._current_graph_task_id()
+        task = _private_torch.backward_pass_id()
         arriving = self._under_way.get(task)
         if arriving is None:
-            self._under_way[task] = arriving = _Pass()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(arriving))
+            self._under_way[task] = arriving = BackwardPass()
+            _private_torch.at_end_of_backward(lambda: self._end(arriving))
         return arriving
 
-    def add(self, pairs: _Pairs) -> None:
+    def add(self, pairs: GradientPairs) -> None:
         self._this_pass().pairs.append(pairs)
 
-    def _end(self, arrived: _Pass) -> None:
+    def _end(self, arrived: BackwardPass) -> None:
         with self._lock:
             self._waiting += arrived.pairs
             for p, rows in arrived.rows:
@@ -232,7 +230,7 @@ class FusedStep:
         if racy:
             self._scatter(pairs)
 
-    def _step(self, pairs: list[_Pairs]) -> None:
+    def _step(self, pairs: list[GradientPairs]) -> None:
         if self.process_group is not None:
             pairs = self._gather(pairs)
         gradients = [p.grad for p in self._parameters]
@@ -249,39 +247,40 @@ class FusedStep:
             self._apply(merged, self._scale(norm))
         for p in self._parameters:
             p.grad = None
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers of the learning rate look for
+        _private_torch.mark_as_stepped(self.optimizer)
 
     def _is_finite(self, norm: Tensor, scaler: torch.amp.GradScaler) -> bool:
         """Whether the step is taken; ``scaler.update()`` is to know, as if the scaler had looked itself."""
         finite = torch.isfinite(norm)
-        scaler._per_optimizer_states[id(self)]["found_inf_per_device"][norm.device] = (~finite).float()
+        _private_torch.record_found_inf(scaler, self, (~finite).float())
         return bool(finite)
 
-    def _apply(self, merged: _Pairs | None, scale: Tensor | None) -> None:
+    def _apply(self, merged: GradientPairs | None, scale: Tensor | None) -> None:
         stepped = [p for p in self._parameters if merged is not None or p.grad is not None]
         steps = {p: self.optimizer._prepare(self._group(p), p) for p in stepped}
         if merged is None:
             for p, step in steps.items():
-                _ops.row_step_(step, *rows_of(p.grad), scale)  # type: ignore[arg-type]
+                row_step_(step, *rows_of(p.grad), scale)  # type: ignore[arg-type]
             return
         weight, *bias = steps.values()
-        classes, elements = _ops.row_grad_step_(*merged, weight, scale, bool(bias))
+        classes, elements = row_grad_step_(merged, weight, scale, bool(bias))
         for step in bias:
-            _ops.row_step_(step, classes, elements[:, None], scale)
+            row_step_(step, classes, elements[:, None], scale)
 
-    def _scatter(self, pairs: list[_Pairs]) -> None:
+    def _scatter(self, pairs: list[GradientPairs]) -> None:
         weight, *bias = self._parameters
-        torch.autograd.graph.increment_version(self._parameters)
         rate = float(self._group(weight)["lr"])
         for each in pairs:
-            _ops.scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
+            scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
 
-    def _give_gradients(self, merged: _Pairs) -> None:
+    def _give_gradients(self, merged: GradientPairs) -> None:
         """Form the gradient after all, to join what is there already."""
         weight, *bias = self._parameters
-        classes, rows, elements = _ops.row_grad(*merged, weight.shape[0], weight.dtype, True, bool(bias), False)
+        classes, rows, elements = row_grad(
+            merged, weight.shape[0], weight.dtype, with_rows=True, with_bias=bool(bias), padded=False
+        )
         for p, values in zip(self._parameters, (rows, elements), strict=False):
-            own = _ops.coo(classes, values, tuple(p.shape), True)
+            own = coo(classes, values, tuple(p.shape), True)
             p.grad = own if p.grad is None else p.grad + own
 
     def _factor(self) -> float:
@@ -292,19 +291,19 @@ class FusedStep:
     def _scale(self, norm: Tensor | None) -> Tensor | None:
         """What the kernels multiply all gradients by; None: by nothing."""
         weight, factor = self._parameters[0], self._factor()
-        compute = _ops.compute_dtype(weight.dtype)
+        compute = compute_dtype(weight.dtype)
         if norm is not None and self.max_norm is not None:
             return (factor * (self.max_norm / (norm + 1e-6)).clamp(max=1)).to(compute)
         return None if factor == 1 else torch.full((1,), factor, dtype=compute, device=weight.device)
 
-    def _norm(self, merged: _Pairs | None) -> Tensor:
+    def _norm(self, merged: GradientPairs | None) -> Tensor:
         if merged is not None:
             weight, *bias = self._parameters
-            return _ops.row_grad_norm(*merged, weight.shape[0], True, bool(bias)).sqrt()
+            return row_grad_norm(merged, weight.shape[0], with_rows=True, with_bias=bool(bias)).sqrt()
         rows = [rows_of(p.grad)[1].double() for p in self._parameters if p.grad is not None]
         return torch.stack([values.norm() for values in rows]).norm().reshape(1)
 
-    def _gather(self, pairs: list[_Pairs]) -> list[_Pairs]:
+    def _gather(self, pairs: list[GradientPairs]) -> list[GradientPairs]:
         """The pairs of all ranks, in their order: every rank then takes the same step, bit for bit."""
         weight, size = self._parameters[0], dist.get_world_size(self.process_group)
         tied = any(p.grad is not None for p in self._parameters)
@@ -334,10 +333,10 @@ class FusedStep:
             everyone = [torch.empty_like(padded) for _ in range(size)]
             dist.all_gather(everyone, padded, group=self.process_group)
             parts.append([each[:count] for each, count in zip(everyone, rows, strict=True)])
-        return [_Pairs(*each) for each in zip(*parts, strict=True)]
+        return [GradientPairs(*each) for each in zip(*parts, strict=True)]
 
 
-def _merge(pairs: list[_Pairs]) -> _Pairs:
+def _merge(pairs: list[GradientPairs]) -> GradientPairs:
     if len(pairs) == 1:
         return pairs[0]
     columns = sorted({each.ids.shape[1] for each in pairs})
@@ -345,12 +344,12 @@ def _merge(pairs: list[_Pairs]) -> _Pairs:
         raise RuntimeError(
             f"target must have as many positives, and k must be the same, in one step, got T + k = {columns}"
         )
-    return _Pairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+    return GradientPairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
 
 
-def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> _Pairs:
-    compute = _ops.compute_dtype(weight.dtype)
-    return _Pairs(
+def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> GradientPairs:
+    compute = compute_dtype(weight.dtype)
+    return GradientPairs(
         torch.empty((0, columns), dtype=torch.int32, device=weight.device),
         torch.empty((0, columns), dtype=compute, device=weight.device),
         torch.empty(0, dtype=compute, device=weight.device),

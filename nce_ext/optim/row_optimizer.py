@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
+from nce_ext import _private_torch
+from nce_ext._ops.row_grad import coalesce
+from nce_ext._ops.row_step import row_step_
+from nce_ext._ops.sample import draw_seed
 from nce_ext._tables.pages import empty_table
-from nce_ext.reference.row_step import SGD, RowState, RowStep, StepNumbers
+from nce_ext.reference.dtypes import compute_dtype
+from nce_ext.reference.row_step import SGD, Hyperparameters, RowState, RowStep
 
 ROUNDINGS = ("stochastic", "nearest", "master")
 BIAS_CORRECTIONS = ("row", "global")
@@ -55,7 +59,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     # What a subclass says of its rule.
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         raise NotImplementedError
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -104,7 +108,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 p.grad = gradient
         for group, p in by_rows:
             classes, rows = rows_of(p.grad)
-            _ops.row_step_(self._prepare(group, p), classes, rows)
+            row_step_(self._prepare(group, p), classes, rows)
         return loss
 
     def _steps_by_rows(self, p: Tensor) -> bool:
@@ -141,20 +145,20 @@ class RowOptimizer(torch.optim.Optimizer):
     def _prepare(self, group: dict[str, Any], p: Tensor) -> RowStep:
         """Count the step, and make what it needs; from here on nothing can fail."""
         state = self.state[p]
-        weight = table_of(p)
+        weight = as_rows(p)
         self._complete(group, p, state, weight)
         state["step"] += 1
         decay = self._decay(group)
         if "decayed" in state and decay:
             state["log_decay"] += math.log1p(-decay)
         return RowStep(
-            weight, self._row_state(group, state), self._numbers(group, state), self._seed(group, weight, state)
+            weight, self._row_state(group, state), self._hyperparameters(group, state), self._seed(group, weight, state)
         )
 
     def _seed(self, group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor | None:
         if weight.dtype not in _NARROW or group["rounding"] != "stochastic" or "master" in state:
             return None
-        return _ops.draw_seed(weight.device, self._generator)
+        return draw_seed(weight.device, self._generator)
 
     def _row_state(self, group: dict[str, Any], state: dict[str, Any]) -> RowState:
         first, second = (None if name is None else state[name] for name in self._tables(group))
@@ -162,7 +166,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _complete(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], weight: Tensor) -> None:
         """State of a parameter that is new to rows: fresh, or continued from torch's dense state."""
-        compute = _ops.compute_dtype(p.dtype)
+        compute = compute_dtype(p.dtype)
         if not state.get("by_rows") and p.dtype in _NARROW and state.get("step") == 0:
             state.clear()  # torch's Adagrad makes its sum at once, rounded
         continued = any(name is not None and state.get(name) is not None for name in self._tables(group))
@@ -209,12 +213,12 @@ class RowOptimizer(torch.optim.Optimizer):
                 state = self.state.get(p, {})
                 if "decayed" not in state:
                     continue
-                weight = table_of(p)
+                weight = as_rows(p)
                 nothing = weight.new_zeros((1, weight.shape[1])).expand_as(weight)
                 only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
-                numbers = StepNumbers(SGD, 1, 0.0, log_decay=state["log_decay"])
-                step = RowStep(weight, only_decay, numbers, self._seed(group, weight, state))
-                _ops.row_step_(step, None, nothing)
+                hyperparameters = Hyperparameters(SGD, 1, 0.0, log_decay=state["log_decay"])
+                step = RowStep(weight, only_decay, hyperparameters, self._seed(group, weight, state))
+                row_step_(step, None, nothing)
 
     # Saving and loading.
 
@@ -252,7 +256,7 @@ class RowOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _place(p: Tensor, name: str, value: Tensor) -> Tensor:
         exact = not value.is_floating_point() or name in ("decayed", "master")
-        return value.to(p.device, value.dtype if exact else _ops.compute_dtype(p.dtype))
+        return value.to(p.device, value.dtype if exact else compute_dtype(p.dtype))
 
 
 def check_options(group: dict[str, Any]) -> None:
@@ -262,7 +266,7 @@ def check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"bias_correction must be 'row' or 'global', got {group['bias_correction']!r}")
 
 
-def table_of(p: Tensor) -> Tensor:
+def as_rows(p: Tensor) -> Tensor:
     """A parameter as rows [V, D]: those of its first dimension."""
     if p.dim() < 2:
         return p.detach().view(-1, 1)
@@ -272,6 +276,6 @@ def table_of(p: Tensor) -> Tensor:
 def rows_of(gradient: Tensor) -> tuple[Tensor | None, Tensor]:
     """Classes [U], or None for all, and rows [U, D] of a gradient."""
     if not gradient.is_sparse:
-        return None, table_of(gradient.contiguous())
-    gradient = _ops.coalesce(gradient)
-    return gradient._indices()[0].contiguous(), table_of(gradient._values().contiguous())
+        return None, as_rows(gradient.contiguous())
+    gradient = coalesce(gradient)
+    return _private_torch.coo_classes(gradient).contiguous(), as_rows(_private_torch.coo_rows(gradient).contiguous())

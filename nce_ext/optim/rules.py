@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nce_ext.optim.row_optimizer import RowOptimizer
-from nce_ext.reference.row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, StepNumbers
+from nce_ext.reference.row_step import ADAGRAD, ADAM, ROWWISE_ADAGRAD, Hyperparameters
 from nce_ext.reference.row_step import SGD as SGD_RULE
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowwiseAdagrad"]
@@ -62,10 +62,10 @@ class SGD(RowOptimizer, torch.optim.SGD):
     def _counts_touches(self, group: dict[str, Any]) -> bool:
         return bool(group["momentum"])
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
-        return StepNumbers(
-            SGD_RULE, int(state["step"]), float(group["lr"]), float(group["weight_decay"]), beta1=group["momentum"],
-            beta2=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
+        return Hyperparameters(
+            SGD_RULE, int(state["step"]), float(group["lr"]), float(group["weight_decay"]), momentum=group["momentum"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
         )  # fmt: skip
 
 
@@ -113,14 +113,14 @@ class Adagrad(RowOptimizer, torch.optim.Adagrad):
     def _initial(self, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
-        return adagrad_numbers(ADAGRAD, group, state)
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
+        return adagrad_hyperparameters(ADAGRAD, group, state)
 
 
-def adagrad_numbers(rule: int, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+def adagrad_hyperparameters(rule: int, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
     step = int(state["step"])
     rate = float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
-    return StepNumbers(rule, step, rate, group["weight_decay"], eps=group["eps"], maximize=group["maximize"])
+    return Hyperparameters(rule, step, rate, group["weight_decay"], eps=group["eps"], maximize=group["maximize"])
 
 
 class RowwiseAdagrad(RowOptimizer):
@@ -178,8 +178,8 @@ class RowwiseAdagrad(RowOptimizer):
     def _initial(self, group: dict[str, Any]) -> float:
         return group["initial_accumulator_value"]
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
-        return adagrad_numbers(ROWWISE_ADAGRAD, group, state)
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
+        return adagrad_hyperparameters(ROWWISE_ADAGRAD, group, state)
 
 
 class _LazyAdam(RowOptimizer):
@@ -202,12 +202,12 @@ class _LazyAdam(RowOptimizer):
     def _decay(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
 
-    def _numbers(self, group: dict[str, Any], state: dict[str, Any]) -> StepNumbers:
+    def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         coupled = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
-        return StepNumbers(
-            ADAM, int(state["step"]), float(group["lr"]), coupled, state.get("log_decay", 0.0), beta1, beta2,
-            group["eps"], maximize=group["maximize"],
+        return Hyperparameters(
+            ADAM, int(state["step"]), float(group["lr"]), coupled, log_decay=state.get("log_decay", 0.0), beta1=beta1,
+            beta2=beta2, eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nce_ext.reference.objective import ADVERSARIAL, SMALLEST_REST, SOFTMAX, Objective
+from nce_ext.reference.objective import Objective
 
 
 def sampled_loss(
@@ -77,44 +77,7 @@ def sampled_loss(
         label = torch.zeros_like(z)
         label[:, :n_targets] = 1.0 / count.to(compute) if uniform_labels else 1.0
         label = torch.where(live, label, 0)
-        if objective.kind == SOFTMAX:
-            loss = _softmax(z, live, label, target_log_q, objective, n_targets)
-        else:
-            column = -label * F.logsigmoid(z) - (1 - label) * F.logsigmoid(-z)
-            column = torch.where(live, column, 0)
-            if objective.kind == ADVERSARIAL:
-                share = _masked_softmax(
-                    (objective.temperature * z[:, n_targets:]).clamp(-largest, largest), live[:, n_targets:]
-                ).detach()
-            else:
-                share = torch.ones_like(z[:, n_targets:])
-            loss = objective.positive_weight * column[:, :n_targets].sum(1) + (share * column[:, n_targets:]).sum(1)
+        loss = objective.losses(z, live, label, target_log_q, n_targets)
         if mean_candidates:
             loss = loss / (count[:, 0] + negatives.shape[1])
     return torch.where(bad, torch.nan, loss)
-
-
-def _softmax(
-    z: Tensor, live: Tensor, label: Tensor, target_log_q: Tensor | None, objective: Objective, n_targets: int
-) -> Tensor:
-    """sum_j label_j (logsumexp(z) - z_j) over the live columns, with smoothed labels."""
-    total = label.sum(1, keepdim=True)
-    if not objective.correct_positive and target_log_q is not None:
-        # A negative is drawn from q given that it is no target, n times: log(n q / (1 - q_target)).
-        n = live[:, n_targets:].sum(1, keepdim=True).clamp_min(1)
-        scale = (-torch.expm1(target_log_q[:, :1].to(z.dtype))).clamp_min(SMALLEST_REST).log() - n.to(z.dtype).log()
-        z = torch.cat([z[:, :n_targets], z[:, n_targets:] + scale], 1)
-    if objective.label_smoothing:
-        n = live.sum(1, keepdim=True).clamp_min(1)
-        label = (1 - objective.label_smoothing) * label + objective.label_smoothing * total / n
-    some = live.any(1, keepdim=True)
-    normaliser = torch.logsumexp(torch.where(some, z.masked_fill(~live, -torch.inf), 0), 1, keepdim=True)
-    return torch.where(live & (label != 0), label * (normaliser - z), 0).sum(1)
-
-
-def _masked_softmax(z: Tensor, live: Tensor) -> Tensor:
-    """softmax over the live columns; 0 elsewhere, and everywhere where none is live."""
-    if not z.shape[1]:
-        return z
-    some = live.any(1, keepdim=True)
-    return torch.where(live, torch.softmax(torch.where(some, z.masked_fill(~live, -torch.inf), 0), 1), 0)

@@ -13,7 +13,7 @@ from nce_ext.reference.noise import philox4x32
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = 0, 1, 2, 3
 
 
-class StepNumbers(NamedTuple):
+class Hyperparameters(NamedTuple):
     """What a step takes besides tensors."""
 
     rule: int
@@ -21,8 +21,10 @@ class StepNumbers(NamedTuple):
     rate: float
     weight_decay: float = 0.0  # coupled: added to the gradient, times the weight
     log_decay: float = 0.0  # decoupled: sum over all steps of log(1 - rate * decay)
-    beta1: float = 0.0  # SGD: momentum
-    beta2: float = 0.0  # SGD: dampening
+    momentum: float = 0.0
+    dampening: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
     eps: float = 0.0
     nesterov: bool = False
     maximize: bool = False
@@ -43,7 +45,7 @@ class RowStep(NamedTuple):
 
     weight: Tensor  # [V, D], without autograd
     state: RowState
-    numbers: StepNumbers
+    hyperparameters: Hyperparameters
     seed: Tensor | None = None  # int64 [2]: rounds a 16-bit weight at random
 
 
@@ -52,7 +54,7 @@ def row_step_(
     classes: Tensor | None,
     gradient: Tensor,
     state: RowState,
-    numbers: StepNumbers,
+    hyperparameters: Hyperparameters,
     gradient_scale: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> None:
@@ -64,14 +66,14 @@ def row_step_(
     g = gradient.to(compute)
     if gradient_scale is not None:
         g = g * gradient_scale.to(compute)
-    g = -g if numbers.maximize else g
-    if numbers.weight_decay:  # 0 times infinity is not 0
-        g = g + numbers.weight_decay * w
+    g = -g if hyperparameters.maximize else g
+    if hyperparameters.weight_decay:  # 0 times infinity is not 0
+        g = g + hyperparameters.weight_decay * w
     if state.decayed is not None:
-        w = w * torch.exp(numbers.log_decay - state.decayed[rows]).to(compute)[:, None]
-        state.decayed[rows] = numbers.log_decay
-    step = {SGD: _sgd, ADAGRAD: _adagrad, ROWWISE_ADAGRAD: _rowwise_adagrad, ADAM: _adam}[numbers.rule]
-    w = w - step(g, rows, touches, state, numbers)
+        w = w * torch.exp(hyperparameters.log_decay - state.decayed[rows]).to(compute)[:, None]
+        state.decayed[rows] = hyperparameters.log_decay
+    step = {SGD: _sgd, ADAGRAD: _adagrad, ROWWISE_ADAGRAD: _rowwise_adagrad, ADAM: _adam}[hyperparameters.rule]
+    w = w - step(g, rows, touches, state, hyperparameters)
     if state.row_steps is not None:
         state.row_steps[rows] += 1
     if state.master is not None:
@@ -81,39 +83,39 @@ def row_step_(
     weight[rows] = w.to(weight.dtype)
 
 
-def _sgd(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, numbers: StepNumbers) -> Tensor:
+def _sgd(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
     if state.first is not None:
-        take = torch.full((len(rows), 1), 1 - numbers.beta2, dtype=g.dtype, device=g.device)
+        take = torch.full((len(rows), 1), 1 - h.dampening, dtype=g.dtype, device=g.device)
         if touches is not None:
             take[touches == 1] = 1
-        first = numbers.beta1 * state.first[rows] + take * g
+        first = h.momentum * state.first[rows] + take * g
         state.first[rows] = first
-        g = g + numbers.beta1 * first if numbers.nesterov else first
-    return numbers.rate * g
+        g = g + h.momentum * first if h.nesterov else first
+    return h.rate * g
 
 
-def _adagrad(g: Tensor, rows: Tensor, _: Tensor | None, state: RowState, numbers: StepNumbers) -> Tensor:
+def _adagrad(g: Tensor, rows: Tensor, _: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
     assert state.second is not None
     state.second[rows] += g * g
-    return numbers.rate * (g / (state.second[rows].sqrt() + numbers.eps))
+    return h.rate * (g / (state.second[rows].sqrt() + h.eps))
 
 
-def _rowwise_adagrad(g: Tensor, rows: Tensor, _: Tensor | None, state: RowState, numbers: StepNumbers) -> Tensor:
+def _rowwise_adagrad(g: Tensor, rows: Tensor, _: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
     assert state.second is not None
     state.second[rows] += (g * g).mean(1)
-    return numbers.rate * (g / (state.second[rows].sqrt()[:, None] + numbers.eps))
+    return h.rate * (g / (state.second[rows].sqrt()[:, None] + h.eps))
 
 
-def _adam(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, numbers: StepNumbers) -> Tensor:
+def _adam(g: Tensor, rows: Tensor, touches: Tensor | None, state: RowState, h: Hyperparameters) -> Tensor:
     assert state.first is not None
     assert state.second is not None
-    t = torch.full((len(rows),), numbers.step, dtype=torch.float64, device=g.device) if touches is None else touches
-    rate = (numbers.rate / (1 - numbers.beta1**t)).to(g.dtype)[:, None]
-    root = (1 - numbers.beta2**t).sqrt().to(g.dtype)[:, None]
-    first = state.first[rows] + (1 - numbers.beta1) * (g - state.first[rows])
-    second = numbers.beta2 * state.second[rows] + (1 - numbers.beta2) * (g * g)
+    t = torch.full((len(rows),), h.step, dtype=torch.float64, device=g.device) if touches is None else touches
+    rate = (h.rate / (1 - h.beta1**t)).to(g.dtype)[:, None]
+    root = (1 - h.beta2**t).sqrt().to(g.dtype)[:, None]
+    first = state.first[rows] + (1 - h.beta1) * (g - state.first[rows])
+    second = h.beta2 * state.second[rows] + (1 - h.beta2) * (g * g)
     state.first[rows], state.second[rows] = first, second
-    return rate * (first / (second.sqrt() / root + numbers.eps))
+    return rate * (first / (second.sqrt() / root + h.eps))
 
 
 def round_at_random(values: Tensor, rows: Tensor, seed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -128,8 +128,8 @@ void test_shared(const Kernels& kernels, const Problem& problem, const Objective
   p.target_log_q = target_log_q.data();
   p.column_shift = shift.data();
   p.multiplicity = multiplicity.data();
-  p.hits = problem.remove_hits ? hits.data() : nullptr;
-  p.row_scale = scale.data();
+  p.accidental_hits = problem.remove_hits ? hits.data() : nullptr;
+  p.example_weight = scale.data();
   p.logits = logits.data();
   p.logits_stride = p.n_columns;
   p.loss = loss.data();

@@ -108,8 +108,10 @@ struct Table {
     p.maximize = variant.maximize;
     p.rate = 0.05;
     p.weight_decay = variant.weight_decay;
-    p.beta1 = adam || variant.momentum ? 0.9 : 0;
-    p.beta2 = adam ? 0.99 : variant.momentum ? 0.25 : 0;
+    p.momentum = variant.momentum && !adam ? 0.9 : 0;
+    p.dampening = variant.momentum && !adam ? 0.25 : 0;
+    p.beta1 = adam ? 0.9 : 0;
+    p.beta2 = adam ? 0.99 : 0;
     p.eps = 1e-8;
     p.log_decay = -0.9;
     p.step = 5;
@@ -158,8 +160,8 @@ void check_row(const Table& before, Table& after, int64_t row, const std::vector
     double move = g[d], first = p.first ? read(before.first, compute, i) : 0;
     double second = row_wise ? row_second : p.second ? read(before.second, compute, i) : 0;
     if (p.rule == StepRule::kSgd && p.first) {
-      first = p.beta1 * first + (p.row_steps && touches == 1 ? 1 : 1 - p.beta2) * g[d];
-      move = p.nesterov ? g[d] + p.beta1 * first : first;
+      first = p.momentum * first + (p.row_steps && touches == 1 ? 1 : 1 - p.dampening) * g[d];
+      move = p.nesterov ? g[d] + p.momentum * first : first;
     } else if (adam) {
       first = p.beta1 * first + (1 - p.beta1) * g[d];
       second = p.beta2 * second + (1 - p.beta2) * g[d] * g[d];

@@ -1,12 +1,12 @@
-"""Problems of emulated.py under any objective, and what the kernels must answer by oracle_family.py."""
+"""Problems of emulated.py under any objective, and what the kernels must answer by objectives_oracle.py."""
 
 from __future__ import annotations
 
 import emulated
 import numpy as np
-import oracle_family
+import objectives_oracle
 from emulated import IGNORE, Expected, widened
-from oracle_family import ADVERSARIAL, BINARY, SOFTMAX
+from objectives_oracle import ADVERSARIAL, BINARY, SOFTMAX
 
 OBJECTIVES = {
     "softmax": {"objective": SOFTMAX},
@@ -29,8 +29,8 @@ def with_targets(*counts: int) -> list[tuple[str, int]]:
     return [(name, count) for name in OBJECTIVES for count in counts if count == 1 or not one_target(name)]
 
 
-def objective_options(options: dict) -> oracle_family.Options:
-    return oracle_family.Options(**{k: v for k, v in options.items() if k in oracle_family.Options._fields})
+def objective_options(options: dict) -> objectives_oracle.Options:
+    return objectives_oracle.Options(**{k: v for k, v in options.items() if k in objectives_oracle.Options._fields})
 
 
 class Family(emulated.Problem):
@@ -71,7 +71,7 @@ class Family(emulated.Problem):
             z = (terms.sum(1) + others.sum(0)).astype(np.float64)
             size = (np.abs(terms).sum(1) + np.abs(others).sum(0)).astype(np.float64)
             n_targets = int((columns < self.targets).sum())
-            truth = oracle_family.example(
+            truth = objectives_oracle.example(
                 z, size, n_targets, np.ones(len(columns)), objective_options(options),
                 log_q[i, 0] if given and self.targets == 1 else 0.0,
             )  # fmt: skip

@@ -106,14 +106,13 @@ SampledLoss arguments_of(const py::array& hidden, const py::array& weight, const
   return p;
 }
 
-// With a `step` the kernel updates the table: of the arrays weight and bias, in place.
-py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array bias, const py::array& target,
-                                const Array& log_z, const Array& seed, int kind, const Array& table,
-                                int64_t n_negatives, const Array& negatives, const Array& target_log_q,
-                                const Array& negative_log_q, bool subtract_log_q, double offset, bool remove_hits,
-                                bool uniform_labels, bool mean_candidates, int64_t ignore_index, int objective,
-                                double positive_weight, double label_smoothing, double temperature,
-                                bool correct_positive, bool hidden_grad, bool row_grad, std::optional<float> step,
+py::dict sampled_loss_of_arrays(const py::array& hidden, const py::array& weight, const Array& bias,
+                                const py::array& target, const Array& log_z, const Array& seed, int kind,
+                                const Array& table, int64_t n_negatives, const Array& negatives,
+                                const Array& target_log_q, const Array& negative_log_q, bool subtract_log_q,
+                                double offset, bool remove_hits, bool uniform_labels, bool mean_candidates,
+                                int64_t ignore_index, int objective, double positive_weight, double label_smoothing,
+                                double temperature, bool correct_positive, bool hidden_grad, bool row_grad,
                                 int64_t grid, int warps, int access, uint64_t order) {
   SampledLoss p = arguments_of(hidden, weight, bias, target, log_z, seed, kind, table, n_negatives, negatives,
                                target_log_q, negative_log_q);
@@ -145,12 +144,7 @@ py::dict sampled_loss_of_arrays(const py::array& hidden, py::array weight, Array
 
   emulator::seed(order);
   const Launch how{grid, warps, access};
-  if (step) {
-    check(storage == Storage::kFloat && !row_grad, "an update is of float32, and leaves no row gradient");
-    const InPlaceUpdate update{static_cast<float*>(weight.mutable_data()),
-                               bias ? static_cast<float*>(bias->mutable_data()) : nullptr, *step};
-    scatter(p, update, how);
-  } else if (whole) {
+  if (whole) {
     whole_example(p, storage, how);
   } else {
     sampled_loss(p, storage, how);
@@ -176,8 +170,8 @@ PYBIND11_MODULE(emulated_kernels, m) {
         arg("subtract_log_q") = true, arg("offset") = 0.0, arg("remove_hits") = false, arg("uniform_labels") = false,
         arg("mean_candidates") = false, arg("ignore_index") = -100, arg("objective") = 0, arg("positive_weight") = 1.0,
         arg("label_smoothing") = 0.0, arg("temperature") = 0.0, arg("correct_positive") = true,
-        arg("hidden_grad") = true, arg("row_grad") = true, arg("step") = none, arg("grid") = 0, arg("warps") = 0,
-        arg("access") = -1, arg("order") = 0);
+        arg("hidden_grad") = true, arg("row_grad") = true, arg("grid") = 0, arg("warps") = 0, arg("access") = -1,
+        arg("order") = 0);
   bind_row_grad(m);
   bind_row_step(m);
   bind_scatter_step(m);

@@ -14,7 +14,6 @@ namespace emulated {
 using nce::SampledLoss;
 using nce::Storage;
 using nce::cuda::Access;
-using nce::cuda::InPlaceUpdate;
 using nce::cuda::kWarp;
 using nce::cuda::Purpose;
 using nce::cuda::RowGradTiles;
@@ -49,7 +48,7 @@ void with_access(const void* base, int64_t stride, int64_t dim, const Launch& ho
 
 // Mirrors sampled_loss_of of csrc/cuda/sampled_loss_launch.cuh.
 template <class Stored, Purpose kPurpose>
-void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const Launch& how) {
+void sampled_loss_of(const SampledLoss& p, const Launch& how) {
   using namespace nce::cuda;
   with_row_shape<Stored>(p.dim, [&](auto shape, int n_warps) {
     using Shape = decltype(shape);
@@ -59,13 +58,12 @@ void sampled_loss_of(const SampledLoss& p, const InPlaceUpdate& update, const La
     with_access<Stored>(p.weight, p.weight_stride, p.dim, how, [&](auto access) {
       launch_persistent(sampled_loss_kernel<Stored, Shape, decltype(access)::value, kPurpose>,
                         (p.batch + per_block - 1) / per_block, n_warps * kWarp,
-                        sampled_loss_shared_bytes<Stored, Shape>(n_warps), how, p, update);
+                        sampled_loss_shared_bytes<Stored, Shape>(n_warps), how, p);
     });
   });
 }
 
 void sampled_loss(const SampledLoss& p, Storage storage, const Launch& how);
 void whole_example(const SampledLoss& p, Storage storage, const Launch& how);
-void scatter(const SampledLoss& p, const InPlaceUpdate& update, const Launch& how);
 
 }  // namespace emulated

@@ -21,8 +21,8 @@ void* state(const char* name, Array& a, const py::dtype& type, const Shape& shap
 
 // Arrays are changed in place. state has first, second, row_steps, decayed, master, gradient_scale and seed, or None.
 RowStep step_of_arrays(py::array& weight, std::vector<Array>& state_arrays, int rule, int64_t step, double rate,
-                       double weight_decay, double log_decay, double beta1, double beta2, double eps, bool nesterov,
-                       bool maximize) {
+                       double weight_decay, double log_decay, double momentum, double dampening, double beta1,
+                       double beta2, double eps, bool nesterov, bool maximize) {
   check(weight.ndim() == 2 && state_arrays.size() == 7, "weight must be 2-D, and there must be 7 states");
   auto& [first, second, row_steps, decayed, master, scale, seed] = *reinterpret_cast<Array(*)[7]>(state_arrays.data());
   const int64_t n = weight.shape(0), dim = weight.shape(1);
@@ -34,6 +34,8 @@ RowStep step_of_arrays(py::array& weight, std::vector<Array>& state_arrays, int 
   p.maximize = maximize;
   p.rate = rate;
   p.weight_decay = weight_decay;
+  p.momentum = momentum;
+  p.dampening = dampening;
   p.beta1 = beta1;
   p.beta2 = beta2;
   p.eps = eps;
@@ -79,14 +81,15 @@ bool widened(bool possible, const Launch& how) {
 }
 
 void row_step(py::array weight, std::vector<Array> state_arrays, const py::array& gradient, Array classes, int rule,
-              int64_t step, double rate, double weight_decay, double log_decay, double beta1, double beta2, double eps,
-              bool nesterov, bool maximize, int64_t grid, int warps, int access, uint64_t order) {
+              int64_t step, double rate, double weight_decay, double log_decay, double momentum, double dampening,
+              double beta1, double beta2, double eps, bool nesterov, bool maximize, int64_t grid, int warps, int access,
+              uint64_t order) {
   emulator::seed(order);
   const Launch how{grid, warps, access};
   const Storage storage = storage_of("weight", weight.dtype());
   nce::cuda::RowSteps p{};
-  p.step = step_of_arrays(weight, state_arrays, rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov,
-                          maximize);
+  p.step = step_of_arrays(weight, state_arrays, rule, step, rate, weight_decay, log_decay, momentum, dampening, beta1,
+                          beta2, eps, nesterov, maximize);
   check_rows("gradient", gradient, p.step.dim);
   check(gradient.dtype().is(weight.dtype()), "gradient must be of weight's dtype");
   p.n = gradient.shape(0);
@@ -151,14 +154,14 @@ Scratch cleared_squares(SegmentSteps& p, Storage hidden_storage) {
 
 py::dict row_grad_step(const py::array& ids, const py::array& dlogit, const py::array& grad_loss,
                        const py::array& hidden, py::array weight, std::vector<Array> state_arrays, bool with_bias,
-                       int rule, int64_t step, double rate, double weight_decay, double log_decay, double beta1,
-                       double beta2, double eps, bool nesterov, bool maximize, int64_t tile_pairs, int64_t grid,
-                       int warps, int access, uint64_t order) {
+                       int rule, int64_t step, double rate, double weight_decay, double log_decay, double momentum,
+                       double dampening, double beta1, double beta2, double eps, bool nesterov, bool maximize,
+                       int64_t tile_pairs, int64_t grid, int warps, int access, uint64_t order) {
   emulator::seed(order);
   const Launch how{grid, warps, access};
   SegmentSteps p{};
-  p.step = step_of_arrays(weight, state_arrays, rule, step, rate, weight_decay, log_decay, beta1, beta2, eps, nesterov,
-                          maximize);
+  p.step = step_of_arrays(weight, state_arrays, rule, step, rate, weight_decay, log_decay, momentum, dampening, beta1,
+                          beta2, eps, nesterov, maximize);
   check(hidden.ndim() == 2 && hidden.shape(1) == p.step.dim, "hidden must have D columns");
   const PairsOfArrays pairs(ids, dlogit, grad_loss, hidden, p.step.n_rows, tile_pairs, true, false, how);
   const Storage storage = storage_of("weight", weight.dtype());
@@ -228,9 +231,9 @@ py::array row_grad_norm(const py::array& ids, const py::array& dlogit, const py:
 
 }  // namespace
 
-#define NCE_STEP_ARGUMENTS                                                                                  \
-  arg("rule"), arg("step"), arg("rate"), arg("weight_decay"), arg("log_decay"), arg("beta1"), arg("beta2"), \
-      arg("eps"), arg("nesterov"), arg("maximize")
+#define NCE_STEP_ARGUMENTS                                                                                         \
+  arg("rule"), arg("step"), arg("rate"), arg("weight_decay"), arg("log_decay"), arg("momentum"), arg("dampening"), \
+      arg("beta1"), arg("beta2"), arg("eps"), arg("nesterov"), arg("maximize")
 
 void bind_row_step(py::module_& m) {
   using py::arg;

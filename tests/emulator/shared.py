@@ -1,4 +1,4 @@
-"""Inputs of the epilogue of shared negatives, and what it must answer by oracle_family.py."""
+"""Inputs of the epilogue of shared negatives, and what it must answer by objectives_oracle.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import emulated
 import numpy as np
-import oracle_family
+import objectives_oracle
 from emulated import IGNORE, compute_dtype, stored, widened
 from family import objective_options
 from rounding import assert_rounded
@@ -112,7 +112,7 @@ class Shared:
             of_column = [self.logits[i, live].astype(np.float64), self.shift[live], np.full(len(live), -log_z[i])]
             z = np.concatenate([(terms.sum(1) + sum(others)).astype(np.float64), sum(of_column)])
             size = np.concatenate([np.abs(terms).sum(1) + sum(map(np.abs, others)), sum(map(np.abs, of_column))])
-            truth = oracle_family.example(
+            truth = objectives_oracle.example(
                 z, size.astype(np.float64), len(at), np.concatenate([np.ones(len(at)), counts[live]]),
                 objective_options(options), log_q[i, 0],
             )  # fmt: skip

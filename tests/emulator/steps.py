@@ -16,7 +16,7 @@ SGD, ADAGRAD, ROWWISE, ADAM = 0, 1, 2, 3
 NAMES = ("weight", "first", "second", "row_steps", "decayed", "master")
 Wide = np.longdouble
 
-MOMENTUM = {"rule": SGD, "beta1": 0.9, "first": True}
+MOMENTUM = {"rule": SGD, "momentum": 0.9, "first": True}
 ADAM_NUMBERS = {"rule": ADAM, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "first": True, "second": True}
 ADAGRAD_NUMBERS = {"rule": ADAGRAD, "eps": 1e-10, "second": True}
 ROWWISE_NUMBERS = {"rule": ROWWISE, "eps": 1e-10, "second": True}
@@ -27,7 +27,7 @@ RULES: dict[str, dict[str, Any]] = {
     "SGD, coupled decay": {"rule": SGD, "weight_decay": 0.1},
     "SGD, decoupled decay, maximize": {"rule": SGD, "decoupled": True, "maximize": True},
     "momentum": MOMENTUM,
-    "momentum, first touches, dampening": {**MOMENTUM, "beta2": 0.3, "counted": True},
+    "momentum, first touches, dampening": {**MOMENTUM, "dampening": 0.3, "counted": True},
     "Nesterov, coupled decay, maximize": {**MOMENTUM, "nesterov": True, "weight_decay": 0.1, "maximize": True},
     "Nesterov, first touches, decoupled": {**MOMENTUM, "nesterov": True, "counted": True, "decoupled": True},
     "Adagrad": ADAGRAD_NUMBERS,
@@ -51,6 +51,8 @@ class Table:
     step: int = 7
     rate: float = 0.05
     weight_decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
     eps: float = 0.0
@@ -95,7 +97,10 @@ class Table:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        names = ("rule", "step", "rate", "weight_decay", "log_decay", "beta1", "beta2", "eps", "nesterov", "maximize")
+        names = (
+            "rule", "step", "rate", "weight_decay", "log_decay", "momentum", "dampening", "beta1", "beta2", "eps",
+            "nesterov", "maximize",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -140,10 +145,13 @@ class Table:
         if self.rule == SGD:
             move, move_size = g, size
             if old["first"] is not None:
-                taken = np.where(touches == 1, 1.0, 1 - self.beta2) if old["row_steps"] is not None else 1 - self.beta2
-                b, b_size = self.beta1 * old["first"] + taken * g, self.beta1 * np.abs(old["first"]) + taken * size
+                taken = 1 - self.dampening
+                if old["row_steps"] is not None:
+                    taken = np.where(touches == 1, 1.0, taken)
+                momentum = self.momentum
+                b, b_size = momentum * old["first"] + taken * g, momentum * np.abs(old["first"]) + taken * size
                 result["first"] = (b, b_size)
-                move, move_size = (g + self.beta1 * b, size + self.beta1 * b_size) if self.nesterov else (b, b_size)
+                move, move_size = (g + momentum * b, size + momentum * b_size) if self.nesterov else (b, b_size)
             rate = Wide(self.rate)
         elif self.rule == ADAM:
             one, two = Wide(self.beta1), Wide(self.beta2)

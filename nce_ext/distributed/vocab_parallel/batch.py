@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import _ops
-from nce_ext._sampled import arguments as _call
-from nce_ext._sampled.shared import _Columns
+from nce_ext._sampled.arguments import Call, known_ids
+from nce_ext._sampled.shared import SharedColumns
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.reference import Objective
+from nce_ext.reference.dtypes import compute_dtype
 
-_NONE, _BAD = -1, -2  # in the place of targets
+_NO_TARGET, _BAD_EXAMPLE = -1, -2  # in the place of targets
 
 
-class Rows(NamedTuple):
+class OwnedRows(NamedTuple):
     """Those of the classes first .. last - 1."""
 
     weight: Tensor
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
     last: int
 
 
-class Tensors(NamedTuple):
+class GatheredExamples(NamedTuple):
     """All examples, and the columns that are here; classes are counted from the first one of this process."""
 
     hidden: Tensor  # [B, D]
@@ -36,12 +36,12 @@ class Tensors(NamedTuple):
     positive: Tensor  # [B, T]
     target: Tensor  # int32 [B, T]; -1: none, or not here
     target_log_q: Tensor | None
-    ids: Tensor  # negatives that are here: int32 [B, n], -1: none; [n] of all examples if rules.shared
+    ids: Tensor  # negatives that are here: int32 [B, n], -1: none; [n] of all examples if context.shared
     log_q: Tensor | None  # of them
-    multiplicity: Tensor | None  # [n]: how often a column counts, if rules.shared
+    multiplicity: Tensor | None  # [n]: how often a column counts, if context.shared
 
 
-class Rules(NamedTuple):
+class GatherContext(NamedTuple):
     collectives: Collectives
     sizes: list[int]  # examples of each process
     objective: Objective
@@ -55,116 +55,125 @@ class Rules(NamedTuple):
 
 
 @torch.no_grad()
-def gather(
-    call: _call.Call, rows: Rows, collectives: Collectives, sizes: list[int], log_z: Tensor | None, *, one_log_q: bool
-) -> tuple[Tensors, Rules]:
+def gather_examples(
+    call: Call,
+    rows: OwnedRows,
+    collectives: Collectives,
+    sizes: list[int],
+    log_z: Tensor | None,
+    *,
+    one_log_q: bool,
+) -> tuple[GatheredExamples, GatherContext]:
     """From a call with this process's examples to all examples, of which process r has ``sizes[r]``.
 
     ``log_z``: a scalar that takes the place of the call's; ``one_log_q``: what is given is the same for all examples.
     """
 
-    def everybody(values: Tensor) -> Tensor:
+    def of_all_ranks(values: Tensor) -> Tensor:
         return collectives.all_gather(values.detach().contiguous(), sizes)
 
-    noise, batch = call.noise, sum(sizes)
-    target_log_q, negative_log_q = call.target_log_q, call.negative_log_q
-    if call.subtract_log_q and target_log_q is None:
-        target_log_q = noise.log_prob(_call.known_ids(noise, call.target))
-    target = everybody(_marked(call, target_log_q).int())
-    bad = (target == _BAD).any(1)
+    operands, candidates, correction = call.operands, call.candidates, call.correction
+    noise, k, batch = candidates.noise, candidates.k, sum(sizes)
+    target_log_q, negative_log_q = correction.target_log_q, correction.negative_log_q
+    if correction.subtract_log_q and target_log_q is None:
+        target_log_q = noise.log_prob(known_ids(noise, operands.target))
+    target = of_all_ranks(_mark_targets(call, target_log_q).int())
+    bad = (target == _BAD_EXAMPLE).any(1)
 
-    ids = call.ids
+    ids = candidates.ids
     if ids is None:
-        assert call.seed is not None
-        ids = _ops.sample(noise.kind, noise.n_classes, noise.table, call.seed, batch, call.k)
-    elif not call.one_row:
-        ids = everybody(ids.clamp(-1, noise.n_classes).int())
+        assert candidates.seed is not None
+        ids = noise.draw(candidates.seed, batch, k)
+    elif not candidates.negatives_shared:
+        ids = of_all_ranks(ids.clamp(-1, noise.n_classes).int())
     if negative_log_q is not None and not one_log_q:
-        negative_log_q = everybody(negative_log_q)
+        negative_log_q = of_all_ranks(negative_log_q)
 
-    shared, multiplicity = call.one_row and one_log_q, None
+    shared, multiplicity = candidates.negatives_shared and one_log_q, None
     if shared:
-        if call.subtract_log_q and negative_log_q is None:
-            negative_log_q = noise.log_prob(_call.known_ids(noise, ids))
-        columns = _Columns(
-            ids[0], None if negative_log_q is None else negative_log_q[0], noise.n_classes, distinct=call.distinct
+        if correction.subtract_log_q and negative_log_q is None:
+            negative_log_q = noise.log_prob(known_ids(noise, ids))
+        columns = SharedColumns(
+            ids[0], None if negative_log_q is None else negative_log_q[0], noise.n_classes, distinct=candidates.distinct
         )
         begin, end = torch.searchsorted(columns.ids, columns.ids.new_tensor([rows.first, rows.last])).tolist()
-        own = (columns.ids[begin:end] - rows.first).int()
-        own_log_q = None if columns.log_q is None else columns.log_q[begin:end]
+        owned = (columns.ids[begin:end] - rows.first).int()
+        owned_log_q = None if columns.log_q is None else columns.log_q[begin:end]
         multiplicity = None if columns.multiplicity is None else columns.multiplicity[begin:end]
         bad = bad | columns.bad
     else:
-        given = None if negative_log_q is None else negative_log_q.expand(batch, call.k)
-        own, own_log_q = _own_columns(ids.expand(batch, call.k), given, rows.first, rows.last)
-        if call.subtract_log_q and own_log_q is None:
-            own_log_q = noise.log_prob(torch.where(own >= 0, own.long() + rows.first, 0))
+        log_q_of_all = None if negative_log_q is None else negative_log_q.expand(batch, k)
+        owned, owned_log_q = _owned_columns(ids.expand(batch, k), log_q_of_all, rows.first, rows.last)
+        if correction.subtract_log_q and owned_log_q is None:
+            owned_log_q = noise.log_prob(torch.where(owned >= 0, owned.long() + rows.first, 0))
 
-    log_z_rows = None if call.log_z is None else everybody(call.log_z)
+    log_z_of_examples = None if operands.log_z is None else of_all_ranks(operands.log_z)
     if log_z is not None:
-        log_z_rows = log_z.to(_ops.compute_dtype(rows.weight.dtype)).expand(batch)
+        log_z_of_examples = log_z.to(compute_dtype(rows.weight.dtype)).expand(batch)
     positive = (target >= 0) & ~bad[:, None]
     here = positive & (target >= rows.first) & (target < rows.last)
-    tensors = Tensors(
-        hidden=everybody(call.hidden),
+    gathered = GatheredExamples(
+        hidden=of_all_ranks(operands.hidden),
         weight=rows.weight,
         bias=rows.bias,
-        log_z=log_z_rows,
-        bad=bad & (target != _NONE).any(1),
+        log_z=log_z_of_examples,
+        bad=bad & (target != _NO_TARGET).any(1),
         positive=positive,
         target=torch.where(here, target - rows.first, -1),
-        target_log_q=None if target_log_q is None else everybody(target_log_q),
-        ids=own,
-        log_q=own_log_q,
+        target_log_q=None if target_log_q is None else of_all_ranks(target_log_q),
+        ids=owned,
+        log_q=owned_log_q,
         multiplicity=multiplicity,
     )
-    rules = Rules(
+    context = GatherContext(
         collectives=collectives,
         sizes=sizes,
         objective=call.objective,
         shared=shared,
-        offset=call.offset,
-        remove_hits=call.remove_hits,
-        uniform_labels=call.uniform_labels,
-        n_draws=call.k if call.mean_candidates else None,
-        fused=call.fused,
-        gradient_layout=call.gradient_layout,
+        offset=correction.offset,
+        remove_hits=candidates.remove_hits,
+        uniform_labels=call.labels.uniform_labels,
+        n_draws=k if call.labels.mean_candidates else None,
+        fused=call.layout.fused,
+        gradient_layout=call.layout.gradient_layout,
     )
-    return tensors, rules
+    return gathered, context
 
 
-def _marked(call: _call.Call, target_log_q: Tensor | None) -> Tensor:
-    """Targets with _NONE for those that are none, and _BAD for all of an example that has something bad.
+def _mark_targets(call: Call, target_log_q: Tensor | None) -> Tensor:
+    """Targets with _NO_TARGET for those that are none, and _BAD_EXAMPLE for all of an example that has something bad.
 
     On the CPU bad examples were refused before; on CUDA they are not looked for, and their loss is NaN.
     """
-    n_classes, positive = call.noise.n_classes, call.target != call.ignore_index
-    bad = positive & ((call.target < 0) | (call.target >= n_classes))
+    target, ids, n_classes = call.operands.target, call.candidates.ids, call.candidates.noise.n_classes
+    negative_log_q = call.correction.negative_log_q
+    positive = target != call.labels.ignore_index
+    bad = positive & ((target < 0) | (target >= n_classes))
     if target_log_q is not None:
         bad = bad | (positive & ~torch.isfinite(target_log_q))
     bad = bad.any(1)
-    if call.ids is not None and not call.one_row:
-        bad = bad | ((call.ids < 0) | (call.ids >= n_classes)).any(1)
-    if call.negative_log_q is not None:
-        bad = bad | ~torch.isfinite(call.negative_log_q).all(1)
+    if ids is not None and not call.candidates.negatives_shared:
+        bad = bad | ((ids < 0) | (ids >= n_classes)).any(1)
+    if negative_log_q is not None:
+        bad = bad | ~torch.isfinite(negative_log_q).all(1)
     bad = bad & positive.any(1)
-    return torch.where(bad[:, None], _BAD, torch.where(positive, call.target, _NONE))
+    return torch.where(bad[:, None], _BAD_EXAMPLE, torch.where(positive, target, _NO_TARGET))
 
 
-def _own_columns(ids: Tensor, log_q: Tensor | None, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+def _owned_columns(ids: Tensor, log_q: Tensor | None, first: int, last: int) -> tuple[Tensor, Tensor | None]:
     """Of ids [B, k] those in first .. last - 1, pushed to the left of each row: int32 [B, n], counted from first.
 
     n is the largest number that a row has, and -1 fills the others; on CUDA this waits for n.
     """
     here = (ids >= first) & (ids < last)
-    per_row = here.sum(1)
-    width = int(per_row.max()) if len(ids) else 0
+    per_example = here.sum(1)
+    width = int(per_example.max()) if len(ids) else 0
     row, column = here.nonzero(as_tuple=True)
-    place = torch.arange(len(row), device=ids.device) - (per_row.cumsum(0) - per_row)[row]
-    own = torch.full((len(ids), width), -1, dtype=torch.int32, device=ids.device)
-    own[row, place] = (ids[row, column] - first).int()
+    place = torch.arange(len(row), device=ids.device) - (per_example.cumsum(0) - per_example)[row]
+    owned = torch.full((len(ids), width), -1, dtype=torch.int32, device=ids.device)
+    owned[row, place] = (ids[row, column] - first).int()
     if log_q is None:
-        return own, None
-    own_log_q = log_q.new_zeros(own.shape)
-    own_log_q[row, place] = log_q[row, column]
-    return own, own_log_q
+        return owned, None
+    owned_log_q = log_q.new_zeros(owned.shape)
+    owned_log_q[row, place] = log_q[row, column]
+    return owned, owned_log_q

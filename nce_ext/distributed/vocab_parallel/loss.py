@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from nce_ext import _checks, _ops
+from nce_ext import _checks, _private_torch
 from nce_ext._checks import describe
-from nce_ext._sampled import arguments as _call
+from nce_ext._ops.coo import DENSE, made_coalesced
+from nce_ext._sampled.arguments import Call, validate_and_flatten
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
-from nce_ext.distributed.vocab_parallel import batch as _sharded_batch
-from nce_ext.distributed.vocab_parallel import scores as _sharded_scores
+from nce_ext.distributed.vocab_parallel.batch import OwnedRows, gather_examples
+from nce_ext.distributed.vocab_parallel.scores import VocabParallelLosses
 from nce_ext.distributed.vocab_parallel.state import ShardedState
-from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, bias_of_noise
+from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss, bias_of_noise
 from nce_ext.noise import Noise
 
-_BLOCK = 1024  # rows that one seed initialises
+_ROWS_OF_A_SEED = 1024  # rows that one seed initialises
 
 
 def shard(loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss, device_mesh: DeviceMesh) -> ShardedLoss:
@@ -86,43 +87,35 @@ class ShardedLoss(ShardedState):
                 f"device_mesh must have one dimension, got {device_mesh.ndim}; of a larger mesh give the part along one"
             )
         self.device_mesh = device_mesh
-        self._summed: tuple[tuple[int, int], int] | None = None
+        self._checksum_of_table: tuple[tuple[int, int], int] | None = None
         self.collectives = Collectives(device_mesh.get_group())
         with self.collectives.step():
-            if not isinstance(loss_fn, (NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss)):
+            if not isinstance(loss_fn, _SampledLoss):
                 raise TypeError(
                     "loss_fn must be an NCELoss, NegativeSamplingLoss or SampledSoftmaxLoss, which have a vocabulary, "
                     f"got {describe(loss_fn)}"
                 )
-            self._take_options(loss_fn)
-            self._take_noise(loss_fn.noise)
+            self._copy_options(loss_fn)
+            self._copy_noise(loss_fn.noise)
             self.collectives.agree(
                 loss_fn=f"{type(loss_fn).__name__}({loss_fn.extra_repr()})", dtype=str(loss_fn.weight.dtype),
                 options=repr(self._options), weights="meta" if loss_fn.weight.is_meta else "real",
-                gradients=tuple(int(p.requires_grad) for p in loss_fn.parameters()), noise=self._law(),
-                log_z=_number(loss_fn.log_z),
+                gradients=tuple(int(p.requires_grad) for p in loss_fn.parameters()), noise=self._noise_in_brief(),
+                log_z=_log_z_in_brief(loss_fn.log_z),
             )  # fmt: skip
-            self._take_rows(loss_fn)
+            self._copy_rows(loss_fn)
 
     # Construction
 
-    def _take_options(self, loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss) -> None:
+    def _copy_options(self, loss_fn: _SampledLoss) -> None:
         self.in_features, self.n_classes, self.num_negatives = (
             loss_fn.in_features, loss_fn.n_classes, loss_fn.num_negatives,
         )  # fmt: skip
-        self._name, self._described = type(loss_fn).__name__, loss_fn.extra_repr()
-        options = loss_fn._options(0.0)
-        if isinstance(loss_fn, SampledSoftmaxLoss):
-            objective = _call.softmax_objective(options.pop("label_smoothing"), options.pop("correct_positive"))
-            options.update(objective=objective, log_z=0.0, candidate_reduction="sum")
-        elif isinstance(loss_fn, NegativeSamplingLoss):
-            temperature = options.pop("adversarial_temperature")
-            options["objective"] = _call.negative_sampling_objective(temperature, options["calibration"])
-        self.reduction = options["reduction"]
-        del options["log_z"]
-        self._options = options
+        self._name, self._options_repr = type(loss_fn).__name__, loss_fn.extra_repr()
+        self._options = {**loss_fn._call_options(), "objective": loss_fn._objective()}
+        self.reduction = self._options["reduction"]
 
-    def _take_noise(self, noise: Noise) -> None:
+    def _copy_noise(self, noise: Noise) -> None:
         kind = self.device_mesh.device_type
         self.device = (
             torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
@@ -134,23 +127,23 @@ class ShardedLoss(ShardedState):
             )
         self.noise = noise.to_empty(device=self.device) if noise.table.is_meta else noise.to(self.device)
 
-    def _law(self) -> str:
+    def _noise_in_brief(self) -> str:
         """The noise in a few letters. A table is added up once, and again when it has changed."""
         table = self.noise.table
-        version = (table.data_ptr(), table._version)
-        if self._summed is None or self._summed[0] != version:
-            self._summed = (version, _checksum(table))
-        return f"{self.noise} with a table of checksum {self._summed[1]}"
+        version = (table.data_ptr(), _private_torch.version(table))
+        if self._checksum_of_table is None or self._checksum_of_table[0] != version:
+            self._checksum_of_table = (version, _checksum(table))
+        return f"{self.noise} with a table of checksum {self._checksum_of_table[1]}"
 
     @torch.no_grad()
-    def _take_rows(self, loss_fn: NCELoss | NegativeSamplingLoss | SampledSoftmaxLoss) -> None:
+    def _copy_rows(self, loss_fn: _SampledLoss) -> None:
         self.first, self.last = self._classes_of(self.collectives.rank)
         rows, meta = slice(self.first, self.last), loss_fn.weight.is_meta
         weight = empty_table(self.last - self.first, self.in_features, self.device, loss_fn.weight.dtype)
         old_bias = loss_fn.bias
         bias = None if old_bias is None else weight.new_empty(len(weight))
         if meta:
-            self._initialise(weight, bias, subtracts_log_q=self._options["correction"] != "none")
+            self._initialise_rows(weight, bias, subtracts_log_q=self._options["correction"] != "none")
         else:
             weight.copy_(loss_fn.weight[rows])
             if bias is not None and old_bias is not None:
@@ -172,15 +165,15 @@ class ShardedLoss(ShardedState):
         first = min(rank * per_rank, self.n_classes)
         return first, min(first + per_rank, self.n_classes)
 
-    def _initialise(self, weight: Tensor, bias: Tensor | None, *, subtracts_log_q: bool) -> None:
+    def _initialise_rows(self, weight: Tensor, bias: Tensor | None, *, subtracts_log_q: bool) -> None:
         """As ``reset_parameters`` of the losses, for the rows that are here."""
         bound = 1 / math.sqrt(self.in_features)
         base = int(self.collectives.broadcast_seed()[0])
         generator = torch.Generator(self.device)
-        for begin in range(self.first // _BLOCK * _BLOCK, self.last, _BLOCK):
+        for begin in range(self.first // _ROWS_OF_A_SEED * _ROWS_OF_A_SEED, self.last, _ROWS_OF_A_SEED):
             generator.manual_seed((base + begin) % 2**63)
-            block = weight.new_empty((_BLOCK, self.in_features)).uniform_(-bound, bound, generator=generator)
-            low, high = max(begin, self.first), min(begin + _BLOCK, self.last)
+            block = weight.new_empty((_ROWS_OF_A_SEED, self.in_features)).uniform_(-bound, bound, generator=generator)
+            low, high = max(begin, self.first), min(begin + _ROWS_OF_A_SEED, self.last)
             weight[low - self.first : high - self.first] = block[low - begin : high - begin]
         if bias is None:
             return
@@ -224,34 +217,39 @@ class ShardedLoss(ShardedState):
         with self.collectives.step():
             drawn = seed is None and negatives is None
             call = self._prepare(hidden, target, _zero_seed(self.device) if drawn else seed, **arguments)
-            _checks.ids(target, negatives, self.noise, call.ignore_index, call.subtract_log_q, log_q)
-            sizes = self.collectives.sizes(len(call.hidden), **self._must_agree(call, **arguments, seed=seed))
+            _checks.ids(target, negatives, self.noise, call.labels.ignore_index, call.correction.subtract_log_q, log_q)
+            sizes = self.collectives.sizes(len(call.operands.hidden), **self._must_agree(call, **arguments, seed=seed))
             if drawn:
                 seed = self.collectives.broadcast_seed(generator).to(self.device)
                 call = self._prepare(hidden, target, seed, **arguments)
-            if call.gradient_layout != _ops.DENSE and torch.is_grad_enabled():
-                _ops.keep_coalesced(self.weight)
-                _ops.keep_coalesced(self.bias)
+            if call.layout.gradient_layout != DENSE and torch.is_grad_enabled():
+                made_coalesced.watch(self.weight)
+                made_coalesced.watch(self.bias)
             scalar = log_z if isinstance(log_z, Tensor) and log_z.dim() == 0 else None
-            rows = _sharded_batch.Rows(self.weight, self.bias, self.first, self.last)
+            owned = OwnedRows(self.weight, self.bias, self.first, self.last)
             one_log_q = log_q is None or log_q[1].dim() == 1
-            tensors, rules = _sharded_batch.gather(call, rows, self.collectives, sizes, scalar, one_log_q=one_log_q)
-            losses = _sharded_scores.Losses.apply(
-                call.hidden, self.weight, self.bias, call.log_z if scalar is None else scalar, tensors, rules
+            gathered, context = gather_examples(call, owned, self.collectives, sizes, scalar, one_log_q=one_log_q)
+            losses = VocabParallelLosses.apply(
+                call.operands.hidden,
+                self.weight,
+                self.bias,
+                call.operands.log_z if scalar is None else scalar,
+                gathered,
+                context,
             )
             return self._reduce(losses, call, sample_weight)
 
-    def _prepare(self, hidden: Tensor, target: Tensor, seed: Tensor | None, **arguments: Any) -> _call.Call:
+    def _prepare(self, hidden: Tensor, target: Tensor, seed: Tensor | None, **arguments: Any) -> Call:
         # A table of all classes, for the checks alone: it has the memory of one row.
         table = self.weight.detach().new_empty((1, self.in_features)).expand(self.n_classes, -1)
-        return _call.prepare(
+        return validate_and_flatten(
             hidden, table, target, self.noise, self.num_negatives, bias=None, seed=seed, generator=None,
             **self._options, **arguments,
         )  # fmt: skip
 
     def _must_agree(
         self,
-        call: _call.Call,
+        call: Call,
         *,
         negatives: Tensor | None,
         log_q: tuple[Tensor, Tensor] | None,
@@ -262,29 +260,29 @@ class ShardedLoss(ShardedState):
         """What the ranks tell each other before any of them works."""
         kind_of_log_z = repr(log_z)
         if isinstance(log_z, Tensor):
-            kind_of_log_z = f"{_kind(log_z)}, {'one per example' if log_z.dim() else 'one for all'}"
+            kind_of_log_z = f"{_dtype_and_gradient(log_z)}, {'one per example' if log_z.dim() else 'one for all'}"
         return {
-            "hidden": _kind(call.hidden),
-            "weight": _kind(self.weight),
-            "target": f"{call.target.shape[1]} an example",
-            "num_negatives": call.k,
-            "noise": self._law(),
+            "hidden": _dtype_and_gradient(call.operands.hidden),
+            "weight": _dtype_and_gradient(self.weight),
+            "target": f"{call.operands.target.shape[1]} an example",
+            "num_negatives": call.candidates.k,
+            "noise": self._noise_in_brief(),
             "seed": "drawn" if seed is None else tuple(seed.tolist()),
-            "negatives": _content(negatives),
-            "log_q": _content(None if log_q is None else log_q[1]),
+            "negatives": _values_in_brief(negatives),
+            "log_q": _values_in_brief(None if log_q is None else log_q[1]),
             "log_z": kind_of_log_z,
         }
 
-    def _reduce(self, losses: Tensor, call: _call.Call, sample_weight: Tensor | None) -> Tensor:
+    def _reduce(self, losses: Tensor, call: Call, sample_weight: Tensor | None) -> Tensor:
         weights = None if sample_weight is None else sample_weight.reshape(-1).to(losses.dtype)
         if self.reduction == "none":
-            return (losses if weights is None else losses * weights).reshape(call.lead)
+            return (losses if weights is None else losses * weights).reshape(call.layout.batch_shape)
         weights = torch.ones_like(losses) if weights is None else weights
         total = (losses * weights).sum()
         if self.reduction == "sum":
-            return _Total.apply(total, self.collectives)
-        counted = torch.where((call.target != call.ignore_index).any(1), weights, 0).sum()
-        total, counted = _Total.apply(torch.stack([total, counted]), self.collectives).unbind()
+            return _SumOverRanks.apply(total, self.collectives)
+        counted = torch.where((call.operands.target != call.labels.ignore_index).any(1), weights, 0).sum()
+        total, counted = _SumOverRanks.apply(torch.stack([total, counted]), self.collectives).unbind()
         return total / torch.where(counted == 0, 1, counted)
 
     # Evaluation
@@ -316,10 +314,12 @@ class ShardedLoss(ShardedState):
         return self.logits(hidden).argmax(-1)
 
     def extra_repr(self) -> str:
-        return f"{self._name}({self._described}), classes={self.first}..{self.last - 1}, ranks={self.collectives.size}"
+        return (
+            f"{self._name}({self._options_repr}), classes={self.first}..{self.last - 1}, ranks={self.collectives.size}"
+        )
 
 
-class _Total(torch.autograd.Function):
+class _SumOverRanks(torch.autograd.Function):
     """The sum over ranks. What comes from above is the same on all of them, and is the gradient of each summand."""
 
     @staticmethod
@@ -332,7 +332,7 @@ class _Total(torch.autograd.Function):
         return gradient, None
 
 
-def _number(log_z: float | Tensor) -> str:
+def _log_z_in_brief(log_z: float | Tensor) -> str:
     if not isinstance(log_z, Tensor):
         return repr(log_z)
     return "learned" if log_z.is_meta else f"learned, {log_z.item()!r} at first"
@@ -352,12 +352,12 @@ def _zero_seed(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def _kind(tensor: Tensor) -> str:
-    learns = torch.is_grad_enabled() and tensor.requires_grad
-    return f"{str(tensor.dtype).removeprefix('torch.')} {'with' if learns else 'without'} a gradient"
+def _dtype_and_gradient(tensor: Tensor) -> str:
+    has_gradient = torch.is_grad_enabled() and tensor.requires_grad
+    return f"{str(tensor.dtype).removeprefix('torch.')} {'with' if has_gradient else 'without'} a gradient"
 
 
-def _content(values: Tensor | None) -> str:
+def _values_in_brief(values: Tensor | None) -> str:
     """Whether values are given, and of what all examples share, the values in brief."""
     if values is None or values.dim() != 1:
         return "none" if values is None else "some for each example"

@@ -76,7 +76,7 @@ class ShardedState(nn.Module):
             loss_fn.load_optimizer_state_dict(optimizer, state["optimizer"])
         """
         return {
-            name: {key: self._shown(parameter, value) for key, value in optimizer.state[parameter].items()}
+            name: {key: self._as_checkpointed(parameter, value) for key, value in optimizer.state[parameter].items()}
             for name, parameter in self._tables()
             if parameter in optimizer.state
         }
@@ -93,6 +93,6 @@ class ShardedState(nn.Module):
     def _tables(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in (("weight", self.weight), ("bias", self.bias)) if p is not None]
 
-    def _shown(self, parameter: Tensor, value: Any) -> Any:
+    def _as_checkpointed(self, parameter: Tensor, value: Any) -> Any:
         per_class = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(parameter)
         return self.as_dtensor(value) if per_class else value
