@@ -242,7 +242,7 @@ class LogUniform(Noise):
         return reference.log_q_log_uniform(self.n_classes, ids)
 
 
-class Table(Noise):
+class TableNoise(Noise):
     """Base class of the distributions that draw from an alias table: any law, in constant time a draw."""
 
     kind = reference.ALIAS
@@ -255,7 +255,7 @@ class Table(Noise):
         return torch.log(masses) - math.log(self.n_classes * 2.0**32)
 
 
-class Unigram(Table):
+class Unigram(TableNoise):
     """Noise with q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
 
     The table holds integer masses that sum to exactly n_classes * 2^32, so the realised law is known exactly:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Noise, Table, alias_table_of
+from nce_ext.noise.laws import Noise, TableNoise, alias_table_of
 
 
-class Mixture(Table):
+class Mixture(TableNoise):
     """Mixture q(y) = sum_i counts[i] noises[i](y) / sum_i counts[i]: counts[i] of the candidates follow noises[i].
 
     Mixed negative sampling (Yang et al., WWW 2020) adds K uniform negatives to the B items of a batch, since items

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Table, alias_table_of
+from nce_ext.noise.laws import TableNoise, alias_table_of
 
 
-class Streaming(Table):
+class Streaming(TableNoise):
     """Noise whose class frequencies are estimated batch by batch, for data whose counts are unknown or drift.
 
         noise = nce_ext.noise.Streaming(n_classes, half_life=1000)
