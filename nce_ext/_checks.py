@@ -1,11 +1,14 @@
-"""Refusals: every argument is checked before any work, in the order device, dtype, layout, rank, size, range.
+"""Checks of arguments, made before any work, in the order device, dtype, layout, rank, size, range.
 
-Each message names the argument, says what is allowed and what was got.
+Each message names the argument, says what is allowed and what was got. A wrong type or dtype is a TypeError, anything
+else a ValueError. Checks of Python values come first, then those of tensors, of what losses take, and of what noise
+distributions take.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,65 +18,114 @@ from torch import Tensor
 from nce_ext._ops import library as _library
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+REDUCTIONS = ("mean", "sum", "none")
 MAX_CLASSES = 2**31 - 1
-
-
-class Law(Protocol):
-    """What the checks need of a noise distribution."""
-
-    n_classes: int
-    table: Tensor
-
-    def log_prob(self, ids: Tensor) -> Tensor: ...
-
+_LARGEST = sys.float_info.max
 
 T = TypeVar("T")
-LawT = TypeVar("LawT", bound=Law)
 
 
 def describe(value: object) -> str:
-    """What a wrong argument is, for an error message."""
+    """Describe a refused value for an error message: its type, and the value itself if that is short."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
 def instance(name: str, value: object, cls: type[T], wanted: str) -> T:
-    """Refuse a value that is no ``cls``, which the message calls ``wanted``."""
+    """Raise unless the value is an instance of ``cls``, which the message calls ``wanted``; return it."""
     if not isinstance(value, cls):
         raise TypeError(f"{name} must be {wanted}, got {describe(value)}")
     return value
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise unless the value is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def count(name: str, value: object, low: int, high: int | None = None) -> int:
+def reduction(value: object) -> None:
+    """Raise unless the value is one of the reductions that every loss has."""
+    one_of("reduction", value, REDUCTIONS)
+
+
+def count(name: str, value: object, low: int, high: int | None = None, *, wanted: str | None = None) -> int:
+    """Raise unless the value is an int in low .. high, and return it; ``wanted`` replaces the bounds in the message."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < low or (high is not None and value > high):
         bounds = f">= {low}" if high is None else f"in {low} .. {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-    return value  # type: ignore[return-value]
+        raise ValueError(f"{name} must be {wanted or bounds}, got {value}")
+    return value  # type: ignore[return-value]  # a SymInt stays one, so that a traced graph serves every size
 
 
-def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not (low <= value <= high and math.isfinite(value)):
-        bounds = "finite" if low == -math.inf else f"in {low} .. {high}" if high < math.inf else f"finite and >= {low}"
-        raise ValueError(f"{name} must be {bounds}, got {value!r}")
+def number(
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    infinite: bool = False,
+    convert: bool = False,
+    wanted: str | None = None,
+) -> float:
+    """Raise unless the value is a number with low <= value <= high and above < value < below; return it.
+
+    Args:
+        infinite: whether infinity is allowed where the bounds allow it. NaN never is.
+        convert: whether to take everything that ``float()`` takes, such as a tensor of one element.
+        wanted: what the message says is allowed, in place of the bounds. A value of another type is then a ValueError
+            with this message, and not a TypeError.
+    """
+    value = _converted(value) if convert else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if wanted is None:
+            raise TypeError(f"{name} must be a number, got {describe(value)}")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    inside = low <= value <= high and (above is None or value > above) and (below is None or value < below)
+    if not inside or not (infinite or -_LARGEST <= value <= _LARGEST):
+        raise ValueError(f"{name} must be {wanted or _bounds(low, high, above, below, infinite)}, got {value!r}")
     return value
 
 
-def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None) -> Tensor:
+def _converted(value: Any) -> object:
+    """Return ``float(value)``, or the value itself where that fails."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _bounds(low: float, high: float, above: float | None, below: float | None, infinite: bool) -> str:
+    """Put the bounds of :func:`number` into words for an error message."""
+    lower, upper = low if above is None else above, high if below is None else below
+    finite_and = "" if infinite else "finite and "
+    if upper == math.inf:
+        return "finite" if lower == -math.inf else f"{finite_and}{'>=' if above is None else '>'} {lower}"
+    if above is None and below is None:
+        return f"in {lower} .. {upper}"
+    return f"in {'[' if above is None else '('}{lower}, {upper}{']' if below is None else ')'}"
+
+
+# Tensors
+
+
+def tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None, of: str = "hidden"
+) -> Tensor:
+    """Raise unless the value is a dense tensor of one of these dtypes, and on the device if one is given; return it.
+
+    ``of`` says in the message whose device that is.
+    """
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a {names} tensor, got {describe(value)}")
     if device is not None and value.device != device:
-        raise ValueError(f"{name} must be on hidden's device {device}, got {value.device}")
+        raise ValueError(f"{name} must be on {of}'s device {device}, got {value.device}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be a {names} tensor, got {describe(value)}")
     if value.layout != torch.strided:
@@ -82,8 +134,8 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], device: to
 
 
 def pinned(name: str, value: object, allowed: str) -> None:
-    """A tensor must be in host memory that CUDA can read. While tracing that is for the operator to see."""
-    if not isinstance(value, Tensor):  # tensor() says so
+    """Raise if a tensor is not in pinned host memory. While tracing, only its device is checked."""
+    if not isinstance(value, Tensor):  # tensor() raises for it
         return
     if value.device.type != "cpu":
         raise ValueError(f"{name} must be {allowed}, got {value.device}")
@@ -91,8 +143,53 @@ def pinned(name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got pageable memory on cpu")
 
 
+def without_gradient(name: str, value: Tensor, why: str, advice: str) -> None:
+    """Raise if a tensor requires a gradient; the message says why none is taken, and what to do."""
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient ({why}), got one that does; {advice}")
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """Tell whether the values of tensors on the device are checked: on the CPU always, on CUDA under set_debug(True).
+
+    Elsewhere a check would have to wait for the device. While tracing there are no values.
+    """
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or _library.debug_enabled())
+
+
+def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
+    """Raise if a tensor holds NaN or infinity; ``where`` is False for elements that may be either."""
+    bad = ~torch.isfinite(value)
+    index = first_index(bad if where is None else bad & where)
+    if index is not None:
+        raise ValueError(f"{name} must be finite, got {value[tuple(index)].item()} at index {index}")
+
+
+def first_index(mask: Tensor) -> list[int] | None:
+    """Return the index of the first True of a bool tensor, or None."""
+    return mask.nonzero()[0].tolist() if mask.any() else None
+
+
+# What losses take
+
+
+class Law(Protocol):
+    """Noise distribution, as far as the checks need to know it."""
+
+    n_classes: int
+    table: Tensor
+
+    def log_prob(self, ids: Tensor) -> Tensor: ...
+
+
+LawT = TypeVar("LawT", bound=Law)
+
+
 def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight: bool = False) -> None:
-    """``host_weight``: with hidden on CUDA, weight and bias may be in pinned host memory."""
+    """Raise unless hidden, weight and bias are tensors that fit each other.
+
+    ``host_weight``: with hidden on CUDA, weight and bias may be in pinned host memory.
+    """
     tensor("hidden", hidden, FLOATS)
     device: torch.device | None = hidden.device
     if host_weight and hidden.device.type == "cuda" and getattr(weight, "device", hidden.device) != hidden.device:
@@ -125,7 +222,10 @@ def operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, host_weight
 
 
 def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.device | None = None) -> LawT:
-    """``device``: hidden's, if that is not weight's."""
+    """Raise unless noise is a noise distribution over weight's classes, on the given device or on weight's; return it.
+
+    ``cls`` is the class of noise distributions, which lies above this module.
+    """
     noise = instance("noise", noise, cls, "an nce_ext.noise distribution")
     device = device or weight.device
     if noise.table.device != device:
@@ -135,12 +235,12 @@ def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.devic
     return noise
 
 
-def batch_shaped(name: str, value: Tensor, lead: torch.Size, extra: int | None, symbol: str = "k") -> None:
-    """A tensor must be hidden's leading sizes, or those and one more dimension."""
-    wanted = list(lead) if extra is None else [*lead, extra]
+def batch_shaped(name: str, value: Tensor, batch_shape: torch.Size, extra: int | None) -> None:
+    """Raise unless a tensor has the shape of the batch, followed by the size ``extra`` if that is given."""
+    wanted = list(batch_shape) if extra is None else [*batch_shape, extra]
     if list(value.shape) != wanted:
         raise ValueError(
-            f"{name} must have shape {wanted} for hidden of leading sizes {list(lead)}, got {list(value.shape)}"
+            f"{name} must have shape {wanted} for hidden of leading sizes {list(batch_shape)}, got {list(value.shape)}"
         )
 
 
@@ -152,74 +252,90 @@ def ids(
     subtract_log_q: bool,
     log_q: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Values: on the CPU always, on CUDA under set_debug(True), while tracing never (the kernel does)."""
-    if torch.compiler.is_compiling() or not (target.device.type == "cpu" or _library.debug_enabled()):
+    """Raise if ids are out of range, or if a log q that is subtracted is not finite.
+
+    Where :func:`values_are_checked` is False, nothing is checked.
+    """
+    if not values_are_checked(target.device):
         return
     candidates = [("target", target, target != ignore_index, f" or ignore_index = {ignore_index}")]
     if negatives is not None:
         candidates.append(("negatives", negatives, torch.ones_like(negatives, dtype=torch.bool), ""))
-    for i, (name, values, present, otherwise) in enumerate(candidates):
-        bad = present & ((values < 0) | (values >= noise.n_classes))
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            got = int(values[tuple(where)])
-            raise ValueError(f"{name} must be in 0 .. {noise.n_classes - 1}{otherwise}, got {got} at index {where}")
+    for i, (name, classes, present, otherwise) in enumerate(candidates):
+        index = first_index(present & ((classes < 0) | (classes >= noise.n_classes)))
+        if index is not None:
+            got = int(classes[tuple(index)])
+            raise ValueError(f"{name} must be in 0 .. {noise.n_classes - 1}{otherwise}, got {got} at index {index}")
         if not subtract_log_q:
             continue
-        if log_q is None:
-            bad = present & torch.isinf(noise.log_prob(torch.where(present, values, 0)))
-            why = "classes that the noise can draw, got class {} with count 0 at index {}; give it a count, or use "
-            why = f"{name} must be {why}correction='none'"
-        else:
-            bad = ~torch.isfinite(log_q[i]) & (present if i == 0 else True)
-            values, why = log_q[i], f"log_q[{i}] must be finite, got {{}} at index {{}}"
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise ValueError(why.format(values[tuple(where)].item(), where))
+        if log_q is not None:
+            finite(f"log_q[{i}]", log_q[i], present if name == "target" else None)
+            continue
+        index = first_index(present & torch.isinf(noise.log_prob(torch.where(present, classes, 0))))
+        if index is not None:
+            raise ValueError(
+                f"{name} must be classes that the noise can draw, got class {int(classes[tuple(index)])} with count 0 "
+                f"at index {index}; give it a count, or use correction='none'"
+            )
 
 
-def check_n_classes(n_classes: int) -> int:
-    if isinstance(n_classes, bool) or not isinstance(n_classes, int):
-        raise TypeError(f"n_classes must be an int, got {describe(n_classes)}")
-    if not 1 <= n_classes <= MAX_CLASSES:
-        raise ValueError(f"n_classes must be in 1 .. 2^31 - 1, got {n_classes}")
-    return n_classes
+# What noise distributions take
 
 
-def check_seed(seed: Tensor, device: torch.device) -> Tensor:
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(seed)}")
-    if seed.device != device:
-        raise ValueError(f"seed must be on {device}, got {seed.device}")
-    if seed.shape != (2,):
-        raise ValueError(f"seed must have shape [2], got {list(seed.shape)}")
-    return seed
+def n_classes(value: object) -> int:
+    """Raise unless the value is a number of classes that the kernels can handle; return it."""
+    return count("n_classes", value, 1, MAX_CLASSES, wanted="in 1 .. 2^31 - 1")
 
 
-def check_ids(ids: Tensor, n_classes: int, ignore_index: int | None = None) -> None:
-    """The type always, the range on the CPU: on CUDA one would have to wait for it."""
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(ids)}")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
-        return
-    if ignore_index is not None:
-        ids = torch.where(ids == ignore_index, 0, ids)
-    low, high = int(ids.min()), int(ids.max())
+def seed(value: object, device: torch.device) -> Tensor:
+    """Raise unless the value is a seed, int64 [2], on the device; return it."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor of shape [2], got {describe(value)}")
+    if value.device != device:
+        raise ValueError(f"seed must be on {device}, got {value.device}")
+    if value.shape != (2,):
+        raise ValueError(f"seed must have shape [2], got {list(value.shape)}")
+    return value
+
+
+def class_ids(
+    value: object, n_classes: int, *, device: torch.device | None = None, ignore_index: int | None = None
+) -> Tensor:
+    """Raise unless the value is a tensor of class ids, on the device of the module if that is given; return it.
+
+    The range is checked on the CPU only: on CUDA the check would have to wait for the device.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"ids must be on the module's device {device}, got {value.device}")
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
+        return value
+    classes = value if ignore_index is None else torch.where(value == ignore_index, 0, value)
+    low, high = int(classes.min()), int(classes.max())
     if low < 0 or high >= n_classes:
         otherwise = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
         raise ValueError(f"ids must be in 0 .. {n_classes - 1}{otherwise}, got {low if low < 0 else high}")
+    return value
 
 
-def check_power(power: object) -> float:
-    if not isinstance(power, (int, float)) or not math.isfinite(power) or power < 0:
-        raise ValueError(f"power must be a finite number >= 0, got {power!r}")
-    return float(power)
+def log_q_dtype(value: object) -> None:
+    """Raise unless the value is a dtype of log-probabilities: float32 or float64."""
+    if value not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {value}")
 
 
-def check_counts(counts: Any) -> Tensor:
+def power(value: object) -> float:
+    """Raise unless the value is an exponent for counts; return it. True and False are taken as 1 and 0."""
+    plain = int(value) if isinstance(value, bool) else value
+    return float(number("power", plain, 0, wanted="a finite number >= 0"))
+
+
+def counts(value: Any) -> Tensor:
+    """Raise unless the value is a list of frequencies of classes; return it as a float64 tensor on the CPU."""
     try:
         # numpy reads Python numbers as float64; torch would make them float32.
-        weights = torch.as_tensor(counts if isinstance(counts, Tensor) else np.asarray(counts))
+        weights = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
     if weights.is_complex() or weights.is_sparse:
@@ -231,24 +347,24 @@ def check_counts(counts: Any) -> Tensor:
     weights = weights.detach().to("cpu", torch.float64)
     low, high = torch.aminmax(weights)  # NaN if any entry is
     if not (torch.isfinite(high) and low >= 0):
-        bad = ~(torch.isfinite(weights) & (weights >= 0))
-        where = int(bad.nonzero()[0, 0])
+        where = int((~(torch.isfinite(weights) & (weights >= 0))).nonzero()[0, 0])
         raise ValueError(f"counts must be finite and >= 0, got {float(weights[where])} at index {where}")
     if high == 0:
         raise ValueError(f"counts must not all be zero, got {len(weights)} zeros")
     return weights
 
 
-def check_trials(trials: int | Tensor, device: torch.device) -> None:
-    integer = trials.dtype in (torch.int64, torch.int32) if isinstance(trials, Tensor) else type(trials) is not bool
-    if not integer or not isinstance(trials, (int, torch.SymInt, Tensor)):
-        raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(trials)}")
-    if isinstance(trials, Tensor):
-        if trials.device != device:
-            raise ValueError(f"trials must be on {device}, got {trials.device}")
-        if trials.dim():
-            raise ValueError(f"trials must be a scalar, got shape {list(trials.shape)}")
-        if trials.device.type != "cpu" or torch.compiler.is_compiling():
+def trials(value: int | Tensor, device: torch.device) -> None:
+    """Raise unless the value is a number of draws: an int, or an integer scalar tensor on the device."""
+    integer = value.dtype in INTEGERS if isinstance(value, Tensor) else type(value) is not bool
+    if not integer or not isinstance(value, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(value)}")
+    if isinstance(value, Tensor):
+        if value.device != device:
+            raise ValueError(f"trials must be on {device}, got {value.device}")
+        if value.dim():
+            raise ValueError(f"trials must be a scalar, got shape {list(value.shape)}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
-    if trials < 0:
-        raise ValueError(f"trials must be >= 0, got {int(trials)}")
+    if value < 0:
+        raise ValueError(f"trials must be >= 0, got {int(value)}")

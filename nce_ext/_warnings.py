@@ -60,10 +60,10 @@ def _stacklevel() -> int:
 
 
 def _is_inside(filename: str) -> bool:
-    """Whether code of this file is the package's, torch's, compiled by torch.fx, or of the import system."""
+    """Tell whether a file belongs to the package, to torch, to a graph of torch.fx, or to the import system."""
     return filename.startswith((*_INSIDE, "<eval_with_key>")) or _is_of_import(filename)
 
 
 def _is_of_import(filename: str) -> bool:
-    """Whether ``warnings.warn`` takes this file for a part of the import system; the rule is CPython's."""
+    """Tell whether ``warnings.warn`` takes a file for a part of the import system, by the rule of CPython."""
     return "importlib" in filename and "_bootstrap" in filename

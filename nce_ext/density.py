@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._checks import describe
-from nce_ext._ops import library as _library
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["DensityNCELoss"]
 
 
 class DensityNCELoss(nn.Module):
-    r"""Fits log f, a log-density that need not integrate to 1, by telling data from noise of known density q.
+    r"""Loss that fits log f, a log-density that need not integrate to 1, by telling data from noise of known density q.
 
     Equivalent to, with ``ratio`` the noise samples a datum::
 
@@ -57,17 +57,15 @@ class DensityNCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.noise_ratio = _checks.count("noise_ratio", noise_ratio, 1, 2**20)
-        _checks.one_of("reduction", reduction, ("mean", "sum", "none"))
+        _checks.reduction(reduction)
         if dtype is not None and dtype not in _checks.FLOATS:
             raise TypeError(f"dtype must be a floating-point type of at most 64 bits, got {dtype}")
         self.reduction = reduction
         self.log_z: float | Tensor
         if log_z == "learned":
             self.log_z = nn.Parameter(torch.zeros((), device=device, dtype=dtype or torch.float32))
-        elif _is_finite_number(log_z):
-            self.log_z = float(log_z)
         else:
-            raise ValueError(f"log_z must be a finite number or 'learned', got {log_z!r}")
+            self.log_z = float(_checks.number("log_z", log_z, wanted="a finite number or 'learned'"))
 
     def forward(
         self,
@@ -78,7 +76,7 @@ class DensityNCELoss(nn.Module):
         *,
         log_z: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss of B data against B * noise_ratio noise samples.
+        """Compute the loss of B data against B * noise_ratio noise samples.
 
         Args:
             log_f_data: the model's unnormalised log-density of the data, [B], float32, bfloat16, float16 or float64.
@@ -107,21 +105,21 @@ class DensityNCELoss(nn.Module):
             "log_f_data": log_f_data, "log_q_data": log_q_data, "log_f_noise": log_f_noise, "log_q_noise": log_q_noise,
         }  # fmt: skip
         _check_tensors(named, log_z)
-        rows = self._check_shapes(log_f_data, log_q_data, log_f_noise, log_q_noise, log_z)
+        noise_shape = self._check_shapes(log_f_data, log_q_data, log_f_noise, log_q_noise, log_z)
         _check_fixed_noise(log_q_data=log_q_data, log_q_noise=log_q_noise)
 
         compute = _compute_dtype(*named.values(), log_z)
         per_datum = log_z[:, None] if isinstance(log_z, Tensor) and log_z.dim() else log_z
         z_data = self._logit(log_f_data, log_q_data, log_z, compute)
-        z_noise = self._logit(log_f_noise.reshape(rows), log_q_noise.reshape(rows), per_datum, compute)
-        # softplus(z) = -logsigmoid(-z); F.softplus drops log1p(e^-z) above z = 20, which float64 still holds.
+        z_noise = self._logit(log_f_noise.reshape(noise_shape), log_q_noise.reshape(noise_shape), per_datum, compute)
+        # softplus(z) = -logsigmoid(-z). F.softplus drops the term log1p(e^-z) above z = 20, which float64 can hold.
         loss = -F.logsigmoid(z_data) - F.logsigmoid(-z_noise).sum(1)
         if self.reduction == "none":
             return loss
         return loss.sum() if self.reduction == "sum" else loss.sum() / max(len(loss), 1)
 
     def log_density_ratio(self, log_f: Tensor, log_q: Tensor, *, log_z: float | Tensor | None = None) -> Tensor:
-        """log f - log_z - log q: how much likelier the model finds a point than the noise does, in nats.
+        """Compute log f - log_z - log q: how much likelier the model finds a point than the noise does, in nats.
 
         As a score it tells data from what the noise produces. Where neither data nor noise fell in training the model
         extrapolates, and log f alone is the better sign that a point is out of the distribution. The logit of the loss
@@ -152,13 +150,14 @@ class DensityNCELoss(nn.Module):
         return f"noise_ratio={self.noise_ratio}, log_z={log_z}, reduction={self.reduction!r}"
 
     def _logit(self, log_f: Tensor, log_q: Tensor, log_z: float | Tensor, compute: torch.dtype) -> Tensor:
+        """Compute the logit that a point is data; NaN where log q is not finite."""
         z = _log_ratio(log_f, log_q, log_z, compute) - math.log(self.noise_ratio)
         return torch.where(log_q.isfinite(), z, math.nan)
 
     def _check_shapes(
         self, log_f_data: Tensor, log_q_data: Tensor, log_f_noise: Tensor, log_q_noise: Tensor, log_z: float | Tensor
     ) -> tuple[int, int]:
-        """B and the noise ratio."""
+        """Refuse shapes that do not fit each other; return [B, noise_ratio], the shape of the noise samples."""
         if log_f_data.dim() != 1:
             raise ValueError(f"log_f_data must be [B], got shape {list(log_f_data.shape)}")
         n_data = log_f_data.shape[0]
@@ -180,27 +179,24 @@ class DensityNCELoss(nn.Module):
 
 
 def _log_ratio(log_f: Tensor, log_q: Tensor, log_z: float | Tensor, compute: torch.dtype) -> Tensor:
+    """Compute log f - log q - log_z in the dtype ``compute``."""
     return log_f.to(compute) - log_q.to(compute) - (log_z.to(compute) if isinstance(log_z, Tensor) else log_z)
 
 
 def _compute_dtype(*values: float | Tensor) -> torch.dtype:
-    double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in values)
-    return torch.float64 if double else torch.float32
-
-
-def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Return float64 if any of the tensors is of that dtype, else float32."""
+    dtypes = [compute_dtype(value.dtype) for value in values if isinstance(value, Tensor)]
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
-    """Types, then devices, then dtypes and layouts."""
+    """Refuse what is no floating-point tensor, or is on another device than the first; types come before devices."""
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a floating-point tensor, got {describe(value)}")
+        _checks.instance(name, value, Tensor, "a floating-point tensor")
     if isinstance(log_z, Tensor):
         named = {**named, "log_z": log_z}
-    elif not _is_finite_number(log_z):
-        raise ValueError(f"log_z must be a finite number or a tensor, got {log_z!r}")
+    else:
+        _checks.number("log_z", log_z, wanted="a finite number or a tensor")
     first = next(iter(named))
     device = named[first].device
     for name, value in named.items():
@@ -211,18 +207,10 @@ def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
 
 
 def _check_fixed_noise(**named: Tensor) -> None:
+    """Refuse log-densities of the noise that require a gradient or are not finite."""
     for name, log_q in named.items():
-        if log_q.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient (the noise stays fixed while the model learns), "
-                "got a tensor that does; compute it under torch.no_grad() or use .detach()"
-            )
-    if torch.compiler.is_compiling():
-        return
+        why = "the noise stays fixed while the model learns"
+        _checks.without_gradient(name, log_q, why, "compute it under torch.no_grad() or use .detach()")
     for name, log_q in named.items():
-        if not (log_q.device.type == "cpu" or _library.debug_enabled()):
-            continue
-        bad = ~log_q.isfinite()
-        if bad.any():
-            where = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite, got {log_q[tuple(where)].item()} at index {where}")
+        if _checks.values_are_checked(log_q.device):
+            _checks.finite(name, log_q)

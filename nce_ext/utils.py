@@ -1,7 +1,7 @@
 """Gradient clipping and unscaling for row-sparse gradients, as ``torch.nn.utils`` and ``torch.amp`` do for dense ones.
 
-PyTorch's own functions refuse sparse gradients, or look at repeated rows one by one, though rows of one class must be
-added up first. What is computed here is of the sum, at a cost that does not depend on the vocabulary.
+PyTorch's own functions refuse sparse gradients, or look at each of several rows of one class by itself. The functions
+here add up the rows of each class first, at a cost that does not depend on the number of classes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from nce_ext import _private_torch
+from nce_ext import _checks, _private_torch
 from nce_ext._checks import describe
 from nce_ext._ops.row_grad import coalesce
 from nce_ext._warnings import warn_user
@@ -20,7 +20,7 @@ __all__ = ["clip_grad_norm_", "clip_grad_value_", "coalesce_grads_", "unscale_"]
 
 
 def coalesce_grads_(parameters: Tensor | Iterable[Tensor]) -> None:
-    """Make every sparse gradient one row a touched class, classes ascending: the sum of the rows it has of each.
+    """Coalesce every sparse gradient: sum the rows of each class, and sort by class.
 
     Equivalent to ``p.grad = p.grad.coalesce()`` for each parameter ``p`` with a sparse gradient. Afterwards
     ``p.grad._values()`` [touched, ...] may be changed in place, and the gradient stays coalesced. Two gradients whose
@@ -74,9 +74,8 @@ def clip_grad_norm_(
         RuntimeError: a norm that is not finite, with ``error_if_nonfinite``.
     """
     gradients = _gradients(parameters)
-    max_norm, norm_type = _at_least_zero("max_norm", max_norm), _number("norm_type", norm_type)
-    if not norm_type > 0:
-        raise ValueError(f"norm_type must be > 0, got {norm_type}")
+    max_norm = _checks.number("max_norm", max_norm, 0, infinite=True, convert=True)
+    norm_type = _checks.number("norm_type", norm_type, above=0, infinite=True, convert=True)
     gradients = _coalesced(gradients)
     total = torch.nn.utils.clip_grad_norm_(_stand_ins(gradients), max_norm, norm_type, error_if_nonfinite)
     _store(gradients)
@@ -99,7 +98,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -
         ValueError: ``clip_value`` negative or NaN.
     """
     gradients = _gradients(parameters)
-    clip_value = _at_least_zero("clip_value", clip_value)
+    clip_value = _checks.number("clip_value", clip_value, 0, infinite=True, convert=True)
     if not gradients:  # an error in PyTorch
         return
     gradients = _coalesced(gradients)
@@ -137,8 +136,7 @@ def unscale_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
         ValueError, RuntimeError, AssertionError: as ``scaler.unscale_`` does, with all gradients as they were: float16
             gradients, a second call before ``scaler.update()``, nothing scaled yet.
     """
-    if not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {describe(scaler)}")
+    _checks.instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(f"optimizer must be an optimizer with param_groups, got {describe(optimizer)}")
     if not scaler.is_enabled():
@@ -152,11 +150,12 @@ def unscale_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
         raise
 
 
-# Parameters that have a gradient, each with it.
+# Pairs of a parameter and its gradient.
 _Gradients = list[tuple[Tensor, Tensor]]
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> _Gradients:
+    """Collect the parameters that have a gradient; refuse what is no tensor, and sparse gradients of another form."""
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     if not isinstance(parameters, Iterable):
@@ -181,14 +180,14 @@ def _gradients(parameters: Tensor | Iterable[Tensor]) -> _Gradients:
 
 
 def _coalesced(gradients: _Gradients) -> _Gradients:
-    """The same, with sparse gradients whose rows are of different classes each, in memory that no other one has.
+    """Coalesce the sparse gradients, and give each of them memory of its own.
 
     Autograd hands one tensor of rows to several parameters where their gradients are equal, as those of two embeddings
-    that are added; scaled in place, it would be scaled twice.
+    that are added. Scaled in place, such a tensor would be scaled twice.
     """
     if not any(grad.is_sparse for _, grad in gradients):
         return gradients
-    # A subclass, as DTensor, may have no memory of its own to ask for.
+    # A subclass of Tensor, such as DTensor, may have no storage to ask for.
     taken = {grad.untyped_storage().data_ptr() for _, grad in gradients if type(grad) is Tensor and not grad.is_sparse}
     made: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -207,7 +206,7 @@ def _coalesced(gradients: _Gradients) -> _Gradients:
 
 
 def _stand_ins(gradients: _Gradients) -> list[Tensor]:
-    """What PyTorch's functions take for the parameters: of a sparse gradient, a tensor whose gradient is the rows."""
+    """Build what PyTorch's functions take as parameters: for a sparse gradient, a tensor whose gradient is its rows."""
     stand_ins = []
     for parameter, grad in gradients:
         if grad.is_sparse:
@@ -221,20 +220,7 @@ def _stand_ins(gradients: _Gradients) -> list[Tensor]:
 
 
 def _store(gradients: _Gradients) -> None:
+    """Set the gradients of the parameters, where they are not set already."""
     for parameter, grad in gradients:
         if parameter.grad is not grad:
             parameter.grad = grad
-
-
-def _number(name: str, value: object) -> float:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {describe(value)}") from None
-
-
-def _at_least_zero(name: str, value: object) -> float:
-    number = _number(name, value)
-    if not number >= 0:
-        raise ValueError(f"{name} must be >= 0, got {number}")
-    return number

@@ -168,7 +168,7 @@ def validate_and_flatten(
     if weight.device != hidden.device:
         _check_host_weight(weight, bias, hidden.device, layout)
     if seed is not None:
-        _checks.check_seed(seed, hidden.device)
+        _checks.seed(seed, hidden.device)
     elif negatives is None:
         seed = draw_seed(hidden.device, generator)
 

@@ -1,1 +1,1 @@
-"""Where large tables lie: in huge pages, or in pinned host memory."""
+"""Memory for large tables: huge pages, and pinned host memory."""

@@ -1,4 +1,4 @@
-"""Large tables in 2 MiB pages, where the system has them: a row then costs no walk through the page table.
+"""Allocation of large tables in 2 MiB pages, which spare a walk through the page table for every row read.
 
 Random rows of a table beyond the caches are read about a fifth faster. PyTorch does the same for every tensor under
 ``THP_MEM_ALLOC_ENABLE=1``, which must be set before it starts.
@@ -16,7 +16,10 @@ HUGE_PAGE = 2 * 2**20
 
 
 def empty_table(n_classes: int, dim: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """``torch.empty((n_classes, dim))``, in huge pages if it is on the CPU; they are given out at the first write."""
+    """Allocate ``torch.empty((n_classes, dim))``, on the CPU in huge pages where the system has them.
+
+    The system provides the pages when they are first written to.
+    """
     table = torch.empty((n_classes, dim), device=device, dtype=dtype)
     if table.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE") and type(table) is Tensor:
         begin = -(-table.data_ptr() // HUGE_PAGE) * HUGE_PAGE

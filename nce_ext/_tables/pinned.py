@@ -1,9 +1,9 @@
-"""The part of a loss module that keeps its tables in pinned host memory, whatever the rest of a model moves to."""
+"""Base class of the loss modules that can keep their tables in pinned host memory while the model is on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class PinnedTables(nn.Module):
-    """A module with ``weight`` and ``bias``, and a gradient layout ``sparse``."""
+    """Module with tables ``weight`` and ``bias`` that :meth:`pin_weight` keeps in pinned host memory."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -51,13 +51,15 @@ class PinnedTables(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``to()`` and its like do; of pinned tables only the dtype changes."""
+        """Apply what ``to()``, ``cuda()`` and their like ask for; of pinned tables only the dtype changes."""
+        apply: Callable[..., Any] = super()._apply
         if not self._pinned:
-            return super()._apply(fn, recurse)
+            apply(fn, recurse)
+            return self
         tables = {name: p for name in ("weight", "bias") if (p := self._parameters.get(name)) is not None}
         self._parameters.update(dict.fromkeys(tables))
         try:
-            super()._apply(fn, recurse)
+            apply(fn, recurse)
         finally:
             self._parameters.update(tables)
         for p in tables.values():

@@ -1,4 +1,4 @@
-"""What the contrastive losses refuse: vectors, and the data of rows and columns, that do not fit each other."""
+"""Checks of what the contrastive losses are called with: the vectors, and the data that belong to them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import torch
 from torch import Tensor
 
 from nce_ext import _checks
-from nce_ext._ops import library as _library
 from nce_ext.contrastive.pairwise import Data, chunks, leave_out_
 
 
 def check(query: object, key: object, negatives: object, data: Data, in_batch: bool) -> None:
-    """All but values, in the order device, dtype, layout, rank, size."""
-    _checks.tensor("query", query, _checks.FLOATS)
-    assert isinstance(query, Tensor)
+    """Raise unless vectors and data fit each other in device, dtype, layout, rank and size; values are not checked."""
+    query = _checks.tensor("query", query, _checks.FLOATS)
     for name, vectors in (("key", key), ("negatives", negatives)):
         if vectors is None and name == "negatives":
             continue
-        _on_device(name, vectors, query)
-        _checks.tensor(name, vectors, _checks.FLOATS)
-        assert isinstance(vectors, Tensor)
+        vectors = _checks.tensor(name, vectors, _checks.FLOATS, query.device, "query")
         if (query.dtype == torch.float64) != (vectors.dtype == torch.float64):
             raise TypeError(f"query and {name} must both be float64 or neither, got {query.dtype} and {vectors.dtype}")
     if query.dim() != 2 or query.shape[1] < 1:
@@ -36,11 +32,10 @@ def check(query: object, key: object, negatives: object, data: Data, in_batch: b
             raise ValueError(f"negatives must be [K, {dim}] for query's D = {dim}, got shape {list(negatives.shape)}")
         extra = negatives.shape[0]
 
-    integers = (torch.int64, torch.int32)
     columns = (batch if in_batch else 1) + (extra or 0)
     for name, value, dtypes, shape in (
-        ("ids", data.ids, integers, (batch,)),
-        ("negative_ids", data.negative_ids, integers, (extra,)),
+        ("ids", data.ids, _checks.INTEGERS, (batch,)),
+        ("negative_ids", data.negative_ids, _checks.INTEGERS, (extra,)),
         ("negative_mask", data.negative_mask, (torch.bool,), (extra,)),
         ("log_q", data.log_q, _checks.FLOATS, (batch,)),
         ("negative_log_q", data.negative_log_q, _checks.FLOATS, (extra,)),
@@ -57,30 +52,27 @@ def check(query: object, key: object, negatives: object, data: Data, in_batch: b
         raise ValueError(f"{missing} must be given with {given}, as all columns are compared, got None")
 
 
-def check_data(name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple) -> None:
-    _on_device(name, value, query)
-    _checks.tensor(name, value, dtypes)
+def check_data(
+    name: str, value: Tensor, query: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> None:
+    """Raise unless a tensor of data has this dtype and shape, is on query's device and requires no gradient."""
+    _checks.tensor(name, value, dtypes, query.device, "query")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} for query {list(query.shape)}, got {list(value.shape)}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} must not require a gradient (none is taken of it), got one that does; use {name}.detach()"
-        )
-
-
-def _on_device(name: str, value: object, query: Tensor) -> None:
-    if isinstance(value, Tensor) and value.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, got {value.device}")
+    if torch.is_grad_enabled():
+        _checks.without_gradient(name, value, "none is taken of it", f"use {name}.detach()")
 
 
 def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log_q: str = "log_q") -> None:
-    """On the CPU always, on CUDA under set_debug(True), while tracing never (the losses are NaN then)."""
-    if torch.compiler.is_compiling() or not (query.device.type == "cpu" or _library.debug_enabled()):
+    """Raise if a log q is not finite or a label has no meaning; ``log_q`` is what the caller's argument is called.
+
+    Where :func:`nce_ext._checks.values_are_checked` is False nothing is checked, and the losses become NaN.
+    """
+    if not _checks.values_are_checked(query.device):
         return
     for name, value in ((log_q, data.log_q), ("negative_log_q", data.negative_log_q)):
-        if value is not None and not torch.isfinite(value).all():
-            where = (~torch.isfinite(value)).nonzero()[0].tolist()
-            raise ValueError(f"{name} must be finite, got {value[tuple(where)].item()} at index {where}")
+        if value is not None:
+            _checks.finite(name, value)
     if data.target is not None:
         bad = _bad_label(data.target, data, in_batch, max_logits)
         if bad is not None:
@@ -88,7 +80,7 @@ def check_values(data: Data, query: Tensor, in_batch: bool, max_logits: int, log
 
 
 def _bad_label(target: Tensor, data: Data, in_batch: bool, max_logits: int) -> tuple[str, list[int]] | None:
-    """What the first label without meaning must be, and its index."""
+    """Find the first label without meaning: what it must be and is, in words, and its index [query, column]."""
     own = 0 if in_batch else 1
     for start, stop in chunks(target.shape[0], target.shape[1], max_logits):
         labels = target[start:stop]

@@ -1,8 +1,9 @@
-"""Contrastive losses between two batches of vectors: InfoNCE (CLIP, two towers), its debiased form, and SigLIP's."""
+"""Modules of the contrastive losses: InfoNCE (CLIP, two towers), its debiased form, and the loss of SigLIP."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +12,13 @@ from torch import Tensor, nn
 from nce_ext import _checks
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import pairwise as _pairwise
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
 
-_REDUCTIONS = ("mean", "sum", "none")
-
 
 class InfoNCELoss(nn.Module):
-    r"""Cross-entropy of telling each query's own key from the other keys.
+    r"""InfoNCE: the cross-entropy of telling each query's own key from the other keys.
 
     Equivalent to, with ``columns`` the batch's keys followed by the explicit negatives, M = B + K of them::
 
@@ -92,19 +92,18 @@ class InfoNCELoss(nn.Module):
         if learn_temperature and scale > self.max_scale * (1 + 1e-12):
             lowest = f"1 / max_scale = {1 / self.max_scale:g}"
             raise ValueError(f"temperature must be >= {lowest} with learn_temperature=True, got {temperature!r}")
-        if not _finite(debias) or not 0 <= debias < 1:
-            raise ValueError(f"debias must be a number in [0, 1), got {debias!r}")
-        _checks.one_of("reduction", reduction, _REDUCTIONS)
+        self.debias = float(_checks.number("debias", debias, 0, below=1, wanted="a number in [0, 1)"))
+        _checks.reduction(reduction)
         if symmetric and not in_batch:
             raise ValueError("in_batch must be True with symmetric=True: the other direction has no explicit negatives")
-        self.symmetric, self.normalize, self.debias = symmetric, normalize, float(debias)
+        self.symmetric, self.normalize = symmetric, normalize
         self.reduction, self.in_batch, self.max_logits = reduction, in_batch, _checks.count("max_logits", max_logits, 1)
         self._scale = scale
         self.logit_scale = _parameter(math.log(scale), device, dtype) if learn_temperature else None
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature in use: a number, or a detached scalar tensor if it is learned."""
+        """Temperature in use: a number, or a detached scalar tensor if it is learned."""
         if self.logit_scale is None:
             return 1 / self._scale
         return self.logit_scale.detach().exp().clamp(max=self.max_scale).reciprocal()
@@ -123,7 +122,7 @@ class InfoNCELoss(nn.Module):
         query_log_q: Tensor | None = None,
         target: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
+        """Compute the loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
 
         Args:
             query, key, negatives: [B, D], [B, D] and [K, D], float32, bfloat16, float16 or float64, which may differ
@@ -158,30 +157,42 @@ class InfoNCELoss(nn.Module):
         return losses / max(query.shape[0], 1) if self.reduction == "mean" else losses
 
     @torch.no_grad()
-    def mutual_information_bound(self, query: Tensor, key: Tensor, **data: Any) -> Tensor:
-        """A lower bound of the mutual information of query and key, in nats: the mean of log N_i - loss_i.
+    def mutual_information_bound(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        log_q: Tensor | None = None,
+        negative_log_q: Tensor | None = None,
+        query_log_q: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Estimate a lower bound of the mutual information of query and key, in nats: the mean of log N_i - loss_i.
 
         N_i is the number of candidates of row i, its own key and the negatives that are not masked: B + K without
         masks. So it never exceeds log N, whatever the truth (van den Oord et al. 2018, section 2.3). In expectation it
         is a bound if the negatives are independent draws of the keys' own law; masking by ``ids`` and negatives of
         another law make it an estimate. ``log_q`` is part of the score. ``symmetric`` averages both directions.
 
-        Args: as :meth:`forward`, without ``target``. No gradient is taken.
+        Args: as :meth:`forward`; ``target`` must be None. No gradient is taken.
 
         Returns: a scalar; the bound of no rows is 0.
 
         Raises: as :meth:`forward`. ValueError: with ``target``, or ``debias`` > 0, whose losses bound nothing.
         """
-        if data.get("target") is not None:
+        if target is not None:
             raise ValueError("target must be None for the bound, which is of the own key, got soft labels")
         if self.debias:
             raise ValueError(f"debias must be 0 for the bound, got {self.debias:g}")
-        data = {**dict.fromkeys(("negatives", "query_log_q", *_pairwise.Data._fields)), **data}
-        negatives, query_log_q = data.pop("negatives"), data.pop("query_log_q")
+        data = _pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
         options = self._options(False)
         bounds = []
-        for direction in self._directions(query, key, negatives, _pairwise.Data(**data), query_log_q):
-            count = _pairwise.negatives_of_each_row(*direction, options)
+        for direction in self._directions(query, key, negatives, data, query_log_q):
+            count = _pairwise.count_negatives(*direction, options)
             bounds.append(count.log1p() - self._losses(*direction, False))
         return torch.stack(bounds).mean(0).sum() / max(query.shape[0], 1)
 
@@ -194,18 +205,20 @@ class InfoNCELoss(nn.Module):
         )
 
     def _options(self, total: bool) -> _pairwise.Options:
+        """Return the options of the pairwise loss; ``total``: one sum instead of one loss a query."""
         return _pairwise.Options(False, self.in_batch, self.debias, total, torch.is_grad_enabled(), self.max_logits)
 
     def _losses(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, total: bool
     ) -> Tensor:
+        """Compute the losses of one direction as :meth:`_directions` returns it: their sum, or [B]."""
         scale = _scale(self._scale, self.logit_scale, query, self.max_scale)
-        return _pairwise.Pairwise.apply(query, key, negatives, scale, None, *data, self._options(total))
+        return _pairwise.losses((query, key, negatives, scale, None), data, self._options(total))
 
     def _directions(
         self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
     ) -> list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]]:
-        """Checked, in the dtype of the arithmetic, normalized: what the losses are of."""
+        """Check and prepare the arguments of ``forward``: those of query to key and, if symmetric, of key to query."""
         _arguments.check(query, key, negatives, data, self.in_batch)
         batch = query.shape[0]
         if query_log_q is not None:
@@ -236,7 +249,7 @@ class InfoNCELoss(nn.Module):
 
 
 class SigmoidContrastiveLoss(nn.Module):
-    r"""Binary cross-entropy of every pair of the batch: SigLIP's loss.
+    r"""SigLIP's loss: the binary cross-entropy of every pair of the batch.
 
     Equivalent to, with y_ij = 1 for the pair of a row and its own key and -1 for all others::
 
@@ -274,12 +287,10 @@ class SigmoidContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self._scale = _positive("logit_scale", logit_scale)
-        if not _finite(logit_bias):
-            raise ValueError(f"logit_bias must be a finite number, got {logit_bias!r}")
-        _checks.one_of("reduction", reduction, _REDUCTIONS)
+        self._bias = float(_checks.number("logit_bias", logit_bias, wanted="a finite number"))
+        _checks.reduction(reduction)
         self.normalize, self.reduction = normalize, reduction
         self.max_logits = _checks.count("max_logits", max_logits, 1)
-        self._bias = float(logit_bias)
         self.logit_scale = _parameter(math.log(self._scale), device, dtype) if learn else None
         self.logit_bias = _parameter(self._bias, device, dtype) if learn else None
 
@@ -293,7 +304,7 @@ class SigmoidContrastiveLoss(nn.Module):
         negative_ids: Tensor | None = None,
         negative_mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
+        """Compute the loss of ``query`` [B, D] against ``key`` [B, D]; row i of one belongs to row i of the other.
 
         Args: those of :meth:`InfoNCELoss.forward`. Pairs of equal ids that are not a row's own are left out: they are
             neither positive nor negative.
@@ -313,7 +324,7 @@ class SigmoidContrastiveLoss(nn.Module):
         scale = _scale(self._scale, self.logit_scale, query, None)
         bias = query.new_full((), self._bias) if self.logit_bias is None else self.logit_bias.to(query.dtype)
         options = _pairwise.Options(True, True, 0.0, self.reduction != "none", torch.is_grad_enabled(), self.max_logits)
-        losses = _pairwise.Pairwise.apply(query, key, negatives, scale, bias, *data, options)
+        losses = _pairwise.losses((query, key, negatives, scale, bias), data, options)
         return losses / max(batch, 1) if self.reduction == "mean" else losses
 
     def extra_repr(self) -> str:
@@ -326,55 +337,59 @@ class SigmoidContrastiveLoss(nn.Module):
 
 
 class _CappedExp(torch.autograd.Function):
-    """min(exp(x), limit), with the gradient of exp but for that which would raise x above the limit."""
+    """Autograd function min(exp(x), limit) whose gradient is that of exp, but never moves x further above the limit."""
 
     @staticmethod
-    def forward(ctx, x, limit):  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
         value = x.exp().clamp(max=limit)
         ctx.save_for_backward(value, x > math.log(limit))
         return value
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         value, above = ctx.saved_tensors
         return torch.where(above, upstream.clamp(min=0), upstream) * value, None
 
 
 def _parameter(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """Make a scalar parameter."""
     return nn.Parameter(torch.tensor(value, device=device, dtype=dtype))
 
 
 def _scale(fixed: float, log_scale: Tensor | None, like: Tensor, limit: float | None) -> Tensor:
+    """Return the factor of the logits, a scalar tensor of like's dtype: fixed, or e^log_scale, at most the limit."""
     if log_scale is None:
         return like.new_full((), fixed)
     log_scale = log_scale.to(like.dtype)
-    return log_scale.exp() if limit is None else _CappedExp.apply(log_scale, limit)
+    capped_exp: Callable[..., Tensor] = _CappedExp.apply
+    return log_scale.exp() if limit is None else capped_exp(log_scale, limit)
 
 
 def _prepared(
     normalize: bool, query: Tensor, key: Tensor, negatives: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype of the arithmetic, so that autograd rounds gradients to the inputs' own; of length 1 if asked."""
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    """Convert the vectors to the dtype of the arithmetic, and divide them by their length if ``normalize``.
+
+    The conversion is autograd's, so each gradient is rounded to the dtype of its input.
+    """
+    compute = compute_dtype(query.dtype)
     vectors = [None if t is None else t.to(compute) for t in (query, key, negatives)]
     if normalize:
-        vectors = [None if t is None else _unit_rows(t) for t in vectors]
+        vectors = [None if t is None else _unit_length(t) for t in vectors]
     return tuple(vectors)  # type: ignore[return-value]
 
 
-def _unit_rows(x: Tensor) -> Tensor:
-    """Rows of length 1; 0 for a row of zeros. Scaled first: squares of large or small elements leave the dtype."""
+def _unit_length(x: Tensor) -> Tensor:
+    """Divide vectors [n, D] by their lengths; one of zeros stays.
+
+    Each is first divided by its largest element, since squares of large or small elements are out of range.
+    """
     largest = x.detach().abs().amax(1, keepdim=True)
     x = x / torch.where(largest > 0, largest, math.inf)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(largest > 0, length, 1)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _positive(name: str, value: object) -> float:
-    if not _finite(value) or value <= 0:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    """Raise unless the value is a finite number > 0; return it as a float."""
+    return float(_checks.number(name, value, above=0, wanted="a finite number > 0"))

@@ -1,4 +1,4 @@
-"""A queue of past keys: negatives for a contrastive loss that cost no forward pass."""
+"""A queue of past keys, which are negatives of a contrastive loss without a forward pass of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nce_ext import _checks
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["CrossBatchMemory", "PaddedMemory", "Remembered"]
 
 
 class Remembered(NamedTuple):
-    """Keys [n, D], and what was stored beside them: ids [n] and log q [n], or None."""
+    """Keys [n, D] of a memory, and what was stored with them: ids [n] and log q [n], or None."""
 
     keys: Tensor
     ids: Tensor | None
@@ -21,7 +22,7 @@ class Remembered(NamedTuple):
 
 
 class PaddedMemory(NamedTuple):
-    """All ``size`` slots, and a mask [size] that is True where one is in use."""
+    """Contents of all ``size`` slots of a memory, and a mask [size] that is True for slots in use."""
 
     keys: Tensor
     ids: Tensor | None
@@ -30,7 +31,7 @@ class PaddedMemory(NamedTuple):
 
 
 class CrossBatchMemory(nn.Module):
-    """The last ``size`` keys of past batches, with their ids and log q.
+    """Memory of the last ``size`` keys of past batches, with their ids and log q.
 
     Query first, enqueue last: a key that is in the memory and in the batch at once would be its own negative::
 
@@ -82,7 +83,7 @@ class CrossBatchMemory(nn.Module):
         self._full = self._started = False
 
     def __len__(self) -> int:
-        """Slots in use. On CUDA this waits for the device, until the memory has once been seen full."""
+        """Count the slots in use. On CUDA this waits for the device until the memory has been seen full once."""
         if not self._full:
             filled = int(self.filled)
             self._full = filled == self.size
@@ -104,16 +105,17 @@ class CrossBatchMemory(nn.Module):
             TypeError: a wrong type, dtype or layout.
             ValueError: a wrong device or shape; ids or log q now but not in the first batch, or the other way round.
         """
-        _on_device("keys", keys, _checks.FLOATS, self.stored_keys)
+        device = self.stored_keys.device
+        _checks.tensor("keys", keys, _checks.FLOATS, device, "the memory")
         if keys.dim() != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys must be [B, {self.dim}], got shape {list(keys.shape)}")
         batch = keys.shape[0]
         for name, given, dtypes, stored in (
-            ("ids", ids, (torch.int64, torch.int32), self.stored_ids),
+            ("ids", ids, _checks.INTEGERS, self.stored_ids),
             ("log_q", log_q, _checks.FLOATS, self.stored_log_q),
         ):
             if given is not None:
-                _on_device(name, given, dtypes, self.stored_keys)
+                _checks.tensor(name, given, dtypes, device, "the memory")
                 if given.shape != (batch,):
                     raise ValueError(f"{name} must have shape [{batch}], got {list(given.shape)}")
             if self._started and (given is None) != (stored is None):
@@ -121,14 +123,14 @@ class CrossBatchMemory(nn.Module):
                 raise ValueError(f"{name} must be {wanted}, as in the first batch of this memory, got {got}")
         if not self._started:
             if ids is not None:
-                self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=self.stored_keys.device)
+                self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
             if log_q is not None:
-                wide = torch.promote_types(self.stored_keys.dtype, torch.float32)
-                self.stored_log_q = torch.zeros(self.size, dtype=wide, device=self.stored_keys.device)
+                wide = compute_dtype(self.stored_keys.dtype)
+                self.stored_log_q = torch.zeros(self.size, dtype=wide, device=device)
             self._started = True
 
         kept = min(batch, self.size)
-        slots = torch.arange(kept, device=self.stored_keys.device).add_(self.position).remainder_(self.size)
+        slots = torch.arange(kept, device=device).add_(self.position).remainder_(self.size)
         for stored, given in ((self.stored_keys, keys), (self.stored_ids, ids), (self.stored_log_q, log_q)):
             if stored is not None and given is not None:
                 stored.index_copy_(0, slots, given[batch - kept :].to(stored.dtype))
@@ -136,17 +138,18 @@ class CrossBatchMemory(nn.Module):
         self.filled.add_(kept).clamp_(max=self.size)
 
     def get(self) -> Remembered:
-        """(keys [n, D], ids [n], log_q [n]) of the slots in use, in no particular order; ids and log_q may be None.
+        """Return the slots in use, in no particular order: (keys [n, D], ids [n] or None, log_q [n] or None).
 
-        Views of the buffers, which the next ``enqueue`` overwrites. A loss of ``reduction="none"`` keeps them for its
-        backward, which raises if they have changed: call it first. n grows until the memory is full, see ``len``.
+        They are views of the buffers, which the next ``enqueue`` overwrites. A loss of ``reduction="none"`` keeps them
+        for its backward, which raises if they have changed: call it first. n grows until the memory is full, see
+        ``len``.
         """
         n = len(self)
         ids, log_q = self.stored_ids, self.stored_log_q
         return Remembered(self.stored_keys[:n], None if ids is None else ids[:n], None if log_q is None else log_q[:n])
 
     def padded(self) -> PaddedMemory:
-        """``get()`` in one fixed shape, for compiled and captured graphs: (keys, ids, log_q, mask), of ``size`` each.
+        """Return all slots, for compiled and captured graphs of one shape: (keys, ids, log_q, mask), ``size`` of each.
 
         Pass the mask on: ``loss_fn(query, key, negatives=p.keys, negative_ids=p.ids, negative_mask=p.mask, ...)``.
         """
@@ -155,17 +158,17 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def keys(self) -> Tensor:
-        """``get().keys``."""
+        """Keys [n, D] of the slots in use, as ``get().keys``."""
         return self.get().keys
 
     @property
     def ids(self) -> Tensor | None:
-        """``get().ids``."""
+        """Ids [n] of the slots in use, or None, as ``get().ids``."""
         return self.get().ids
 
     @property
     def log_q(self) -> Tensor | None:
-        """``get().log_q``."""
+        """Log q [n] of the slots in use, or None, as ``get().log_q``."""
         return self.get().log_q
 
     @torch.no_grad()
@@ -181,6 +184,7 @@ class CrossBatchMemory(nn.Module):
         return f"size={self.size}, dim={self.dim}, dtype={self.stored_keys.dtype}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the buffers; those of ids and log q exist afterwards where the state has them."""
         for name in ("stored_ids", "stored_log_q") if prefix + "stored_keys" in state_dict else ():
             stored = state_dict.get(prefix + name)
             given = None if stored is None else torch.zeros_like(stored, device=self.stored_keys.device)
@@ -188,9 +192,3 @@ class CrossBatchMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._started = int(self.filled) > 0
         self._full = False
-
-
-def _on_device(name: str, value: object, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    if isinstance(value, Tensor) and value.device != like.device:
-        raise ValueError(f"{name} must be on the memory's device {like.device}, got {value.device}")
-    _checks.tensor(name, value, dtypes)

@@ -1,36 +1,40 @@
-"""All pairs of two sets of vectors, a chunk of rows at a time: losses and gradients that never hold the B x M logits.
+"""Losses over all pairs of two sets of vectors, computed a chunk of queries at a time: the B x M logits are never held.
 
-A row is a query, its positive is the key of the same index, and the M columns are what it is told apart from. The
-gradient in the logits has a closed form, so a chunk yields loss and gradients at once: three matrix products, the rest
-in place.
+The positive of a query is the key of the same index; the M columns are the vectors that it is told apart from. The
+gradient in the logits has a closed form, so loss and gradients of a chunk are computed at once, with three matrix
+products and the rest in place.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# query [B, D], key [B, D], negatives [K, D], scale and bias: the inputs that may require a gradient.
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+
 
 class Options(NamedTuple):
-    """What is not a tensor."""
+    """Options of a pairwise loss: all that it takes beside tensors."""
 
     sigmoid: bool  # SigLIP's objective instead of InfoNCE's
-    in_batch: bool  # the other rows' keys are columns, before the explicit negatives
+    in_batch: bool  # the batch's keys are columns, before the explicit negatives
     debias: float
-    total: bool  # the sum over rows instead of one loss a row
-    learns: bool
+    total: bool  # one sum over the queries instead of one loss a query
+    grad_enabled: bool  # torch.is_grad_enabled() where the loss was called: inside a Function it is False
     max_logits: int
 
 
 class Data(NamedTuple):
-    """What no gradient is taken of; one entry a row, or a column."""
+    """Tensors of which no gradient is taken: one entry a query of the batch [B], or one an explicit negative [K]."""
 
-    ids: Tensor | None  # [B]
+    ids: Tensor | None  # [B], of the keys: an equal id makes a column no negative
     negative_ids: Tensor | None  # [K]
     negative_mask: Tensor | None  # [K], False where a column is left out
     log_q: Tensor | None  # [B]
@@ -39,6 +43,8 @@ class Data(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """Gradients of the operands, of their shapes; None where none is needed."""
+
     query: Tensor | None
     key: Tensor | None
     negatives: Tensor | None
@@ -46,37 +52,42 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Rows(NamedTuple):
-    """Of a chunk: the loss and its slopes. That in the logits is factor[:, None] * what is left in their place."""
+class ChunkLosses(NamedTuple):
+    """Losses of the queries of a chunk, and their derivatives, each [n].
+
+    The functions that return this overwrite the logits z [n, M] with the derivative in them, up to a factor a query.
+    """
 
     loss: Tensor
-    factor: Tensor | None
-    positive: Tensor  # the slope in the positive's logit
-    extra: Tensor | None  # the slope in the scale that does not come by a logit (InfoNCE), in the bias (SigLIP)
+    factor: Tensor | None  # the derivative in z is factor[:, None] * z; None: z itself
+    positive: Tensor  # the derivative in the positive's logit
+    extra: Tensor | None  # in the scale, as far as no logit carries it (InfoNCE); in the bias (SigLIP)
 
 
 class Pairwise(torch.autograd.Function):
-    """Loss of float32 or float64 operands: their sum, or [B].
+    """Autograd function of the losses of float32 or float64 operands: their sum, or [B].
 
-    A sum has one number as its upstream gradient, so the gradients are made in the forward pass and multiplied by it in
-    backward: what is saved is of the operands' size. For [B] losses the upstream weighs every row on its own, and is
-    not known before backward, which then computes the chunks anew: four products instead of three, and the operands
-    are saved.
+    The upstream gradient of a sum is one number, so the gradients are computed in the forward pass, saved, and
+    multiplied by that number in backward. The upstream gradient of [B] losses weighs every query on its own and is
+    known in backward only, so there the operands are saved, and backward computes all chunks once more: four matrix
+    products instead of three.
     """
 
     @staticmethod
-    def forward(ctx, query, key, negatives, scale, bias, *rest):  # type: ignore[override]
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
         data, options = Data(*rest[:-1]), rest[-1]
         ctx.options = options
         ctx.set_materialize_grads(False)
         operands = (query, key, negatives, scale, bias)
-        needs = tuple(ctx.needs_input_grad[:5]) if options.learns and options.total else (False,) * 5
-        losses, gradients = sweep(operands, data, options, needs, None)
+        needs = tuple(ctx.needs_input_grad[:5]) if options.grad_enabled and options.total else (False,) * 5
+        of_queries, gradients = sweep(operands, data, options, needs, None)
         ctx.save_for_backward(*(gradients if options.total else (*operands, *data)))
-        return losses.sum() if options.total else losses
+        return of_queries.sum() if options.total else of_queries
 
     @staticmethod
-    def backward(ctx, upstream):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
         nothing = (None,) * (len(Data._fields) + 1)
@@ -91,25 +102,34 @@ class Pairwise(torch.autograd.Function):
         return (*gradients, *nothing)
 
 
+def losses(operands: Operands, data: Data, options: Options) -> Tensor:
+    """Compute the sum of all losses, or the losses [B], as ``options.total`` says, with gradients for autograd."""
+    apply: Callable[..., Tensor] = Pairwise.apply
+    return apply(*operands, *data, options)
+
+
 def sweep(
-    operands: tuple, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
+    operands: Operands, data: Data, options: Options, needs: tuple[bool, ...], upstream: Tensor | None
 ) -> tuple[Tensor, Gradients]:
-    """Losses [B], and the gradients in the operands that need one of sum(upstream * losses)."""
+    """Compute the losses [B], and the gradients of sum(upstream * losses) in the operands that ``needs`` names.
+
+    ``upstream`` is [B], or None for ones.
+    """
     query, key, negatives, scale, bias = operands
     needs_query, needs_key, needs_negatives, needs_scale, needs_bias = needs
     batch = query.shape[0]
     columns, first_negative = _columns(key, negatives, options.in_batch)
-    shift, row_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
+    shift, positive_shift, broken = _shifts(data, bias, columns, batch, options.in_batch)
 
-    # Columns whose rows get a gradient: a queue of past keys needs none, and may be most of them.
+    # lo .. hi: the columns that get a gradient. A queue of past keys needs none, and may be most of the columns.
     lo = 0 if needs_key and options.in_batch else first_negative
     hi = columns.shape[0] if needs_negatives else first_negative
-    losses = []
+    losses_of_chunks = []
     grad_query = torch.empty_like(query) if needs_query else None
     grad_key = torch.empty_like(key) if needs_key else None
     grad_columns = columns.new_zeros((hi - lo, columns.shape[1])) if hi > lo else None
     grad_scale = scale.new_zeros(()) if needs_scale else None
-    grad_bias = bias.new_zeros(()) if needs_bias else None
+    grad_bias = bias.new_zeros(()) if needs_bias and bias is not None else None
 
     enabled = query.device.type != "meta" and torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if enabled else nullcontext():
@@ -117,27 +137,27 @@ def sweep(
             q, k = query[start:stop], key[start:stop]
             scaled = q * scale
             positive = (scaled * k).sum(1)
-            if row_shift is not None:
-                positive = positive + row_shift[start:stop]
+            if positive_shift is not None:
+                positive = positive + positive_shift[start:stop]
             z = scaled @ columns.T if shift is None else torch.addmm(shift, scaled, columns.T)
             if options.sigmoid:
                 leave_out_(z, start, data, options.in_batch)
-                rows = _sigmoid(z, positive)
+                of_chunk = _sigmoid(z, positive)
             elif data.target is None:
                 leave_out_(z, start, data, options.in_batch)
-                rows = _softmax(z, positive, scale, options.debias)
+                of_chunk = _softmax(z, positive, scale, options.debias)
             else:
-                rows = _soft_labels(z, positive, start, data, options.in_batch)
-            losses.append(rows.loss)
+                of_chunk = _soft_labels(z, positive, start, data, options.in_batch)
+            losses_of_chunks.append(of_chunk.loss)
             if not any(needs):
                 del z
                 continue
 
-            g = torch.ones_like(rows.loss) if upstream is None else upstream[start:stop]
+            g = torch.ones_like(of_chunk.loss) if upstream is None else upstream[start:stop]
             if broken is not None:
                 g = torch.where(broken, 0, g)
-            weight = g if rows.factor is None else g * rows.factor
-            of_positive = g * rows.positive
+            weight = g if of_chunk.factor is None else g * of_chunk.factor
+            of_positive = g * of_chunk.positive
             if needs_query or needs_scale:
                 slope = (z @ columns).mul_(weight[:, None]).addcmul_(of_positive[:, None], k)
                 if grad_scale is not None:
@@ -149,29 +169,33 @@ def sweep(
             if grad_columns is not None:
                 grad_columns.addmm_(z[:, lo:hi].T, scaled * weight[:, None])
             scalar = grad_bias if options.sigmoid else grad_scale
-            if rows.extra is not None and scalar is not None:
-                scalar += (g * rows.extra).sum()
-            del z  # so that two chunks are never held
+            if of_chunk.extra is not None and scalar is not None:
+                scalar += (g * of_chunk.extra).sum()
+            del z  # before the next chunk is made
 
-    result = torch.cat(losses) if losses else query.new_zeros((0,))
+    result = torch.cat(losses_of_chunks) if losses_of_chunks else query.new_zeros((0,))
     if broken is not None:
         result = torch.where(broken, math.nan, result)
     if grad_key is not None and grad_columns is not None and options.in_batch:
         grad_key += grad_columns[:batch]
     grad_negatives = None
-    if needs_negatives:
+    if needs_negatives and negatives is not None:
         grad_negatives = torch.zeros_like(negatives) if grad_columns is None else grad_columns[first_negative - lo :]
     return result, Gradients(grad_query, grad_key, grad_negatives, grad_scale, grad_bias)
 
 
 def chunks(batch: int, columns: int, max_logits: int) -> list[tuple[int, int]]:
-    """(start, stop) of the rows that are held at a time."""
+    """Split a batch into chunks (start, stop) of at most max_logits logits, or of one query."""
     rows = max(1, max_logits // max(1, columns))
     return [(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 
 def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
-    """-inf where a column is no negative of the row: the positive, the same id, and what the mask leaves out."""
+    """Set to -inf the logits z [n, M] of columns that are no negatives of a query.
+
+    These are its own key, columns of the same id, and those that negative_mask leaves out. ``start`` is the index of
+    the first of the n queries in the batch.
+    """
     if in_batch:
         z.diagonal(start).fill_(-math.inf)
     stop = start + z.shape[0]
@@ -185,8 +209,8 @@ def leave_out_(z: Tensor, start: int, data: Data, in_batch: bool) -> None:
         z[:, z.shape[1] - data.negative_mask.shape[0] :].masked_fill_(~data.negative_mask, -math.inf)
 
 
-def negatives_of_each_row(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
-    """How many columns are negatives of the row, [B]."""
+def count_negatives(query: Tensor, key: Tensor, negatives: Tensor | None, data: Data, options: Options) -> Tensor:
+    """Count the columns that are negatives of each query: [B], in query's dtype."""
     columns = (key.shape[0] if options.in_batch else 0) + (0 if negatives is None else negatives.shape[0])
     counts = [query.new_zeros((0,))]
     for start, stop in chunks(query.shape[0], columns, options.max_logits):
@@ -197,7 +221,7 @@ def negatives_of_each_row(query: Tensor, key: Tensor, negatives: Tensor | None, 
 
 
 def _columns(key: Tensor, negatives: Tensor | None, in_batch: bool) -> tuple[Tensor, int]:
-    """The columns [M, D], and where the explicit negatives begin."""
+    """Return the columns [M, D], and the index of the first explicit negative among them."""
     if negatives is None:
         return key, key.shape[0]
     return (torch.cat([key, negatives]), key.shape[0]) if in_batch else (negatives, 0)
@@ -206,7 +230,10 @@ def _columns(key: Tensor, negatives: Tensor | None, in_batch: bool) -> tuple[Ten
 def _shifts(
     data: Data, bias: Tensor | None, columns: Tensor, batch: int, in_batch: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What is added to a column's logit and to a positive's, and whether some log q leaves the loss without meaning."""
+    """Return what is added to the logits: [M] to those of columns, [B] to those of positives; None: nothing.
+
+    The third value, a bool scalar tensor, is True where some log q is not finite: then no loss has a meaning.
+    """
     if bias is not None:
         return bias.expand(columns.shape[0]), bias.expand(batch), None
     if data.log_q is None:
@@ -218,12 +245,15 @@ def _shifts(
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # Beyond 40 the difference to x is below float64's rounding.
+    """Compute log(1 + e^x); beyond 40 its difference to x is below the rounding of float64."""
     return F.softplus(x, threshold=40)
 
 
 def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z - m) in place of z, exp(positive - m), and m: the largest of a row, so that the sum is at least 1."""
+    """Overwrite z [n, M] with exp(z - m); return it, exp(positive - m), and m [n], the largest logit of each query.
+
+    So the sum of a query's exponentials is at least 1. ``floor`` [n] counts among the logits.
+    """
     largest = torch.maximum(z.amax(1), positive) if z.shape[1] else positive
     if floor is not None:
         largest = torch.maximum(largest, floor)
@@ -231,23 +261,26 @@ def _shifted_exp_(z: Tensor, positive: Tensor, floor: Tensor | None = None) -> t
     return z, (positive - largest).exp(), largest
 
 
-def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
-    """softplus(log(mass of the negatives) - positive): no cancellation however small the loss."""
+def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> ChunkLosses:
+    """Compute InfoNCE, debiased or not, as softplus(log(mass of the negatives) - positive).
+
+    In this form nothing cancels, however small the loss is.
+    """
     if not debias:
         e, p, largest = _shifted_exp_(z, positive)
         mass = e.sum(1)
         total = p + mass
-        return Rows(_softplus(mass.log() + (largest - positive)), total.reciprocal(), -mass / total, None)
+        return ChunkLosses(_softplus(mass.log() + (largest - positive)), total.reciprocal(), -mass / total, None)
 
     count = (z > -math.inf).sum(1, dtype=z.dtype)
     e, p, largest = _shifted_exp_(z, positive, torch.where(count > 0, -scale, -math.inf))
-    among = count * debias * p  # the positives that hide among the negatives
+    among = count * debias * p  # the mass of the positives that are expected among the negatives
     estimate = (e.sum(1) - among) / (1 - debias)
     floor = torch.where(count > 0, count * (-scale - largest).exp(), 0)
     floored = estimate <= floor
     mass = torch.where(floored, floor, estimate)
     total = p + mass
-    return Rows(
+    return ChunkLosses(
         loss=_softplus(mass.log() + (largest - positive)),
         factor=torch.where(floored, 0, 1 / ((1 - debias) * total)),
         positive=-(torch.where(floored, 0, among / (1 - debias)) + mass) / total,
@@ -255,8 +288,8 @@ def _softmax(z: Tensor, positive: Tensor, scale: Tensor, debias: float) -> Rows:
     )
 
 
-def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> Rows:
-    """sum_j t_j (logsumexp(z) - z_j); NaN and slope 0 where the labels have no meaning."""
+def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: bool) -> ChunkLosses:
+    """Compute sum_j t_j (logsumexp(z) - z_j) of soft labels t; NaN, with derivative 0, where they have no meaning."""
     assert data.target is not None
     labels = data.target[start : start + z.shape[0]].to(z.dtype, copy=True)
     if in_batch:
@@ -264,7 +297,7 @@ def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: 
         labels.diagonal(start).zero_()
     else:
         of_positive, labels = labels[:, 0], labels[:, 1:]
-    # Before -inf is written, which a label of 0 would turn into NaN.
+    # Computed before -inf is written into z, since 0 * -inf is NaN.
     logits = (labels * z).sum(1)
     leave_out_(z, start, data, in_batch)
     bad = ~((labels >= 0) & (labels < math.inf) & ((labels == 0) | (z > -math.inf))).all(1)
@@ -280,11 +313,12 @@ def _soft_labels(z: Tensor, positive: Tensor, start: int, data: Data, in_batch: 
     loss = loss + of_negatives * (total.log() + largest) - logits
     e.mul_(((of_positive + of_negatives) / total)[:, None]).sub_(labels)
     slope = (of_negatives * p - of_positive * mass) / total
-    return Rows(loss.masked_fill(bad, math.nan), None, slope, None)
+    return ChunkLosses(loss.masked_fill(bad, math.nan), None, slope, None)
 
 
-def _sigmoid(z: Tensor, positive: Tensor) -> Rows:
+def _sigmoid(z: Tensor, positive: Tensor) -> ChunkLosses:
+    """Compute the binary cross-entropies of SigLIP, summed over the pairs of each query."""
     loss = _softplus(-positive) + _softplus(z).sum(1)
     slope = -torch.sigmoid(-positive)
     z.sigmoid_()
-    return Rows(loss, None, slope, z.sum(1) + slope)
+    return ChunkLosses(loss, None, slope, z.sum(1) + slope)

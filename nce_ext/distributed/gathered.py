@@ -220,7 +220,7 @@ class GatheredLoss(nn.Module):
         """
         vectors = others.gather(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
         if self.loss_fn.normalize:
-            vectors = contrastive._unit_rows(vectors)
+            vectors = contrastive._unit_length(vectors)
         ids = None if own.ids is None else own.ids.long()
         log_q = None if own.log_q is None else own.log_q.to(vectors.dtype)
         # Explicit negatives without ids have no place in these, and none of them is then masked by its id.
@@ -288,7 +288,7 @@ class _GatheredLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         operands, total = (query, key, negatives, scale, bias), call.options.total
-        needs = tuple(ctx.needs_input_grad[:5]) if call.options.learns and total else (False,) * 5
+        needs = tuple(ctx.needs_input_grad[:5]) if call.options.grad_enabled and total else (False,) * 5
         losses, gradients = _sweep_directions(operands, call, needs, torch.ones_like(query[:, 0]))
         if not total:
             ctx.call = call

@@ -1,4 +1,4 @@
-"""Evaluation over the whole vocabulary: what a sampled loss trains for, and what sampling costs it."""
+"""Evaluation with the softmax over all classes: exact likelihoods, and what sampling costs a loss."""
 
 from nce_ext.evaluate.diagnosis import Diagnosis, GradientError, diagnose
 from nce_ext.evaluate.exact import OutputLayer, nll, perplexity, topk

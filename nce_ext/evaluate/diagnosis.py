@@ -1,4 +1,4 @@
-"""What a sampled loss loses against the exact softmax on given examples: bias, variance, and what they come from."""
+"""Measurement of a sampled loss against the exact softmax: bias and variance of its value and its gradients."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nce_ext import _checks
-from nce_ext._checks import describe
 from nce_ext.losses import SampledSoftmaxLoss
 from nce_ext.noise import Noise
+from nce_ext.reference.dtypes import compute_dtype
 
 
 class GradientError(NamedTuple):
-    """The sampled gradient g of the mean loss against the exact one G, over all of a tensor's elements.
+    """Error of the sampled gradient g of the mean loss against the exact one G, over all elements of a tensor.
 
     cosine: <mean g, G> / (|mean g| |G|): 1 where the direction is right, whatever the scale of the loss.
     relative_error: |mean g - G| / |G|. What is left of it as ``draws`` grows is bias.
@@ -35,7 +35,7 @@ class GradientError(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What :func:`nce_ext.evaluate.diagnose` measured; ``print`` shows it as a table.
+    """Result of :func:`nce_ext.evaluate.diagnose`; ``print`` shows it as a table.
 
     n_examples: examples that have a target. All means over examples are over these.
     n_classes: V.
@@ -139,21 +139,24 @@ def diagnose(
     weight, bias, noise = _parts(loss_fn)
     k = _checks.count("num_negatives", loss_fn.num_negatives, 1)
     _checks.operands(hidden, weight, bias)
-    _checks.tensor("target", target, (torch.int64, torch.int32), hidden.device)
+    _checks.tensor("target", target, _checks.INTEGERS, hidden.device)
     _checks.count("draws", draws, 2)
     _checks.count("seed", seed, -(2**63), 2**63 - 1)
     _checks.count("max_logits", max_logits, 1)
-    lead, ignore = hidden.shape[:-1], getattr(loss_fn, "ignore_index", -100)
-    if target.shape != lead and (target.dim() != hidden.dim() or target.shape[:-1] != lead):
-        raise ValueError(f"target must have shape {list(lead)} or {[*lead, 'T']}, got {list(target.shape)}")
-    n, classes = math.prod(lead), target.reshape(math.prod(lead), 1 if target.shape == lead else target.shape[-1])
+    batch_shape, ignore = hidden.shape[:-1], getattr(loss_fn, "ignore_index", -100)
+    if target.shape != batch_shape and (target.dim() != hidden.dim() or target.shape[:-1] != batch_shape):
+        raise ValueError(
+            f"target must have shape {list(batch_shape)} or {[*batch_shape, 'T']}, got {list(target.shape)}"
+        )
+    n, n_targets = math.prod(batch_shape), 1 if target.shape == batch_shape else target.shape[-1]
+    classes = target.reshape(n, n_targets)
     valid = classes != ignore
     if not valid.any():
         raise ValueError("target must have at least one class that is not ignored, got none")
     if (valid & ((classes < 0) | (classes >= len(weight)))).any():
         raise ValueError(f"target must be in 0 .. {len(weight) - 1} or ignore_index = {ignore}")
 
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(weight.dtype)
     seeds = [torch.tensor([seed, i], device=hidden.device) for i in range(draws)]
     used = valid.any(1)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -167,7 +170,7 @@ def diagnose(
         exact_loss, log_z, hidden_error, weight_error = _exact(examples, weight, bias, of_hidden, of_weight, max_logits)
         sets = [_negatives(loss_fn, noise, k, used, s) for s in seeds]
         effective = sum(_effective_size(examples.hidden, weight, bias, s, max_logits) for s in sets) / draws
-        hits, expected = _hits(examples.classes, sets)
+        hits, expected = _accidental_hits(examples.classes, sets)
         offset = _offset(loss_fn, examples, sets) if isinstance(loss_fn, SampledSoftmaxLoss) else math.nan
     sampled_loss, std = float(losses.mean()), float(losses.std())
     return Diagnosis(
@@ -178,8 +181,8 @@ def diagnose(
 
 
 def _parts(loss_fn: object) -> tuple[Tensor, Tensor | None, Noise]:
-    if not isinstance(loss_fn, nn.Module):
-        raise TypeError(f"loss_fn must be a sampled loss module, got {describe(loss_fn)}")
+    """Return weight, bias and noise of a sampled loss, and refuse a module that has no such parts."""
+    loss_fn = _checks.instance("loss_fn", loss_fn, nn.Module, "a sampled loss module")
     parameters = dict(loss_fn.named_parameters(recurse=False, remove_duplicate=False))
     missing = [] if "weight" in parameters else ["weight"]
     missing += [name for name in ("bias", "noise", "num_negatives") if not hasattr(loss_fn, name)]
@@ -193,7 +196,7 @@ def _parts(loss_fn: object) -> tuple[Tensor, Tensor | None, Noise]:
 
 
 class _Moments:
-    """The sum, and the sum of squares over all elements, of gradients that may be sparse."""
+    """Moments of gradients that may be sparse: their sum, and the sum of squares of all their elements."""
 
     def __init__(self, like: Tensor) -> None:
         self.total, self.squares, self.draws = torch.zeros_like(like, requires_grad=False), 0.0, 0
@@ -204,7 +207,7 @@ class _Moments:
         self.draws += 1
 
     def against(self, exact: Iterable[tuple[slice, Tensor]]) -> GradientError:
-        """exact: the rows of the exact gradient, part by part."""
+        """Compare the mean gradient with the exact one, which is given in parts: slices of rows and their values."""
         product = of_exact = difference = 0.0
         for rows, part in exact:
             mean = self.total[rows] / self.draws
@@ -221,14 +224,14 @@ class _Moments:
 
 
 def _square(values: Tensor) -> float:
-    """The sum of squares, in float64, without a float64 copy of the whole."""
-    return sum(float(part.double().square().sum()) for part in values.flatten().split(2**20))
+    """Add up the squares of all elements in float64, without a float64 copy of the whole tensor."""
+    return sum((float(part.double().square().sum()) for part in torch.split(values.flatten(), 2**20)), 0.0)
 
 
 def _sampled(
     loss_fn: nn.Module, hidden: Tensor, target: Tensor, seeds: list[Tensor], n_used: int
 ) -> tuple[Tensor, _Moments, _Moments]:
-    """Mean losses, float64 [draws], and the moments of their gradients in hidden and in weight.
+    """Compute the mean loss of each draw, float64 [draws], and the moments of its gradients in hidden and in weight.
 
     The module runs on detached parameters, so that its own see neither a gradient nor a hook.
     """
@@ -247,7 +250,7 @@ def _sampled(
 
 
 class _Examples:
-    """The examples that have a target: hidden [N, D], classes [N, T] with -1 for none, and their labels."""
+    """Examples that have a target: hidden [N, D], target classes [N, T] (-1: none), and the labels [N, T] of these."""
 
     def __init__(self, hidden: Tensor, classes: Tensor, uniform: bool) -> None:
         self.hidden, self.classes = hidden, classes
@@ -259,11 +262,12 @@ class _Examples:
 def _exact(
     examples: _Examples, weight: Tensor, bias: Tensor | None, of_hidden: _Moments, of_weight: _Moments, max_logits: int
 ) -> tuple[float, Tensor, GradientError, GradientError]:
-    """Loss and log Z [N] of the full softmax, and the sampled gradients against its own, some classes at a time."""
+    """Compute loss and log Z [N] of the full softmax, and the errors of the sampled gradients, in chunks of classes."""
     hidden, classes, labels = examples.hidden, examples.classes, examples.labels
     size = max(1, max_logits // len(hidden))
 
     def logits() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield rows of weight, their values and their logits [N, rows], from the first rows to the last."""
         for start in range(0, len(weight), size):
             rows = slice(start, start + size)
             table = weight[rows].to(hidden.dtype)
@@ -280,6 +284,7 @@ def _exact(
     by_hidden = torch.zeros_like(hidden)
 
     def by_weight() -> Iterator[tuple[slice, Tensor]]:
+        """Yield the exact gradient of rows of weight, and add what these rows give to the gradient of hidden."""
         for rows, table, scores in logits():
             slopes = scores.sub_(log_z[:, None]).exp_().mul_(labels.sum(1, keepdim=True))
             local = classes - rows.start
@@ -289,14 +294,14 @@ def _exact(
             by_hidden.addmm_(slopes, table)
             yield rows, slopes.T @ hidden
 
-    weight_error = of_weight.against(by_weight())  # which also fills by_hidden
+    weight_error = of_weight.against(by_weight())  # running through by_weight() also fills by_hidden
     hidden_error = of_hidden.against([(slice(None), by_hidden)])
     loss = (labels * (log_z[:, None] - of_target)).sum(1).mean(dtype=torch.float64)
     return float(loss), log_z, hidden_error, weight_error
 
 
 class _Negatives(NamedTuple):
-    """What a loss draws with one seed."""
+    """Negatives that a loss draws with one seed."""
 
     ids: Tensor  # [1, k] if all examples share them, else [N, k]
     log_q: Tensor  # of ids
@@ -305,14 +310,14 @@ class _Negatives(NamedTuple):
 
 
 def _negatives(loss_fn: nn.Module, noise: Noise, k: int, used: Tensor, seed: Tensor) -> _Negatives:
-    """The ids that loss_fn draws itself in a call with this seed."""
+    """Draw the negatives that loss_fn draws itself when it is called with this seed."""
     unique, shared = getattr(loss_fn, "unique", False), getattr(loss_fn, "shared", False)
     if unique == "tf":
         ids, trials = noise.sample_distinct(k, seed=seed)
         log_count = partial(noise.log_expected_count_tf, k=k, trials=trials)
         return _Negatives(ids[None], log_count(ids[None]), log_count, k)
     if unique:
-        ids = noise.sample((1, k), seed=seed).unique()[None]
+        ids = torch.unique(noise.sample((1, k), seed=seed))[None]
         log_count = partial(noise.log_inclusion, trials=k)
         number = log_count(torch.arange(noise.n_classes, device=ids.device)).exp().sum(dtype=torch.float64)
         return _Negatives(ids, log_count(ids), log_count, float(number))
@@ -324,23 +329,24 @@ def _negatives(loss_fn: nn.Module, noise: Noise, k: int, used: Tensor, seed: Ten
 def _effective_size(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, negatives: _Negatives, max_logits: int
 ) -> float:
+    """Compute the mean over examples of (sum_j w_j)^2 / sum_j w_j^2, w_j = exp(s_j - log q_j)."""
     shared, gathered = negatives.ids.shape[0] == 1, 1 if negatives.ids.shape[0] == 1 else hidden.shape[1]
     size, total = max(1, max_logits // (negatives.ids.shape[1] * gathered)), 0.0
     for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        x, ids, log_q = hidden[rows], negatives.ids, negatives.log_q
+        chunk = slice(start, start + size)
+        x, ids, log_q = hidden[chunk], negatives.ids, negatives.log_q
         if shared:
             scores = F.linear(x, weight[ids[0]].to(x.dtype))
         else:
-            ids, log_q = ids[rows], log_q[rows]
+            ids, log_q = ids[chunk], log_q[chunk]
             scores = torch.einsum("nd,nkd->nk", x, weight[ids].to(x.dtype))
         log_w = scores - log_q if bias is None else scores + bias[ids].to(x.dtype) - log_q
         total += float((2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)).exp().sum(dtype=torch.float64))
     return total / len(hidden)
 
 
-def _hits(classes: Tensor, sets: list[_Negatives]) -> tuple[float, float]:
-    """The share of negatives that equal a target of their example, and the share to expect."""
+def _accidental_hits(classes: Tensor, sets: list[_Negatives]) -> tuple[float, float]:
+    """Compute the share of negatives that equal a target of their example, and the share to expect."""
     earlier = torch.ones(classes.shape[1:] * 2, dtype=torch.bool, device=classes.device).tril(-1)
     different = (classes >= 0) & ~((classes[:, :, None] == classes[:, None, :]) & earlier).any(2)
     hits = numbers = expected = expected_numbers = 0.0
@@ -354,6 +360,7 @@ def _hits(classes: Tensor, sets: list[_Negatives]) -> tuple[float, float]:
 
 
 def _offset(loss_fn: SampledSoftmaxLoss, examples: _Examples, sets: list[_Negatives]) -> float:
+    """Compute ``loss_offset`` of :class:`Diagnosis`: the mean of what is subtracted from the targets' scores."""
     if loss_fn.correction == "none" or not loss_fn.correct_positive:
         return 0.0
     classes, labels = examples.classes, examples.labels.double()

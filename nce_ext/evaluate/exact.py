@@ -1,4 +1,4 @@
-"""Exact full-vocabulary evaluation in chunks: what a sampled loss trains for, measured without holding [N, V]."""
+"""The exact softmax over all classes, evaluated in chunks so that the [N, V] logits are never held at once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nce_ext import _checks
+from nce_ext.reference.dtypes import compute_dtype
+
 __all__ = ["OutputLayer", "nll", "perplexity", "topk"]
 
 
 class OutputLayer(Protocol):
-    """``NCELoss``, ``nn.Linear``, or anything else with these two."""
+    """Output layer of a model: ``NCELoss``, ``nn.Linear``, or anything else with a weight and a bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -28,7 +31,7 @@ def nll(
     ignore_index: int = -100,
     max_logits: int = 2**24,
 ) -> Tensor:
-    """Exact negative log-likelihood of the full softmax, in nats.
+    """Compute the exact negative log-likelihood of the full softmax, in nats.
 
     Equivalent to ``F.cross_entropy(F.linear(hidden, layer.weight, layer.bias).float(), target,
     reduction=reduction, ignore_index=ignore_index)``, with at most ``max_logits`` logits in memory.
@@ -48,8 +51,7 @@ def nll(
         TypeError: a target that is not int64.
         ValueError: shapes that do not fit, another reduction, a target out of range.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
+    _checks.reduction(reduction)
     weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if target.dtype != torch.int64:
@@ -62,8 +64,8 @@ def nll(
         raise ValueError(f"target must be in 0 .. {weight.shape[0] - 1} or ignore_index = {ignore_index}")
     losses = torch.cat(
         [
-            _nll_chunk(weight, bias, rows, targets, ignore_index)
-            for rows, targets in zip(
+            _nll_chunk(weight, bias, vectors, targets, ignore_index)
+            for vectors, targets in zip(
                 *(_split(t, weight.shape[0], max_logits) for t in (hidden.reshape(-1, hidden.shape[-1]), flat_target)),
                 strict=True,
             )
@@ -75,7 +77,8 @@ def nll(
 
 
 def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    """Compute the losses [n] of hidden [n, D], by PyTorch's own chunked operator where it takes these dtypes."""
+    compute = compute_dtype(weight.dtype)
     if compute == weight.dtype == hidden.dtype and hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(
             hidden, weight, target, linear_bias=bias, reduction="none", ignore_index=ignore_index
@@ -84,14 +87,16 @@ def _nll_chunk(weight: Tensor, bias: Tensor | None, hidden: Tensor, target: Tens
     return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
 
 
-def perplexity(layer: OutputLayer, hidden: Tensor, target: Tensor, **options) -> Tensor:
-    """exp of the mean exact negative log-likelihood: ``nll(layer, hidden, target, **options).exp()``."""
-    return nll(layer, hidden, target, **{**options, "reduction": "mean"}).exp()
+def perplexity(
+    layer: OutputLayer, hidden: Tensor, target: Tensor, *, ignore_index: int = -100, max_logits: int = 2**24
+) -> Tensor:
+    """Compute the perplexity of the full softmax: exp of the mean that :func:`nll` returns for the same arguments."""
+    return nll(layer, hidden, target, ignore_index=ignore_index, max_logits=max_logits).exp()
 
 
 @torch.no_grad()
 def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24) -> tuple[Tensor, Tensor]:
-    """The k best classes of each example, best first.
+    """Find the k best classes of each example, best first.
 
     Equivalent to ``F.linear(hidden, layer.weight, layer.bias).topk(k)``, with at most ``max_logits`` logits in memory.
 
@@ -112,14 +117,15 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in 1 .. {weight.shape[0]}, got {k}")
     best = [
-        F.linear(rows.to(weight.dtype), weight, bias).topk(k)
-        for rows in _split(hidden.reshape(-1, hidden.shape[-1]), weight.shape[0], max_logits)
+        F.linear(vectors.to(weight.dtype), weight, bias).topk(k)
+        for vectors in _split(hidden.reshape(-1, hidden.shape[-1]), weight.shape[0], max_logits)
     ]
     shape = (*hidden.shape[:-1], k)
     return torch.cat([values for values, _ in best]).reshape(shape), torch.cat([ids for _, ids in best]).reshape(shape)
 
 
 def _tables(layer: OutputLayer) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's weight and bias, and refuse a shard, which holds only some of its classes."""
     n_rows = layer.weight.shape[0]
     if getattr(layer, "n_classes", n_rows) != n_rows:
         raise ValueError(
@@ -133,5 +139,6 @@ def _check_hidden(weight: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"hidden must be [..., {weight.shape[1]}], got shape {list(hidden.shape)}")
 
 
-def _split(rows: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
-    return rows.split(max(1, max_logits // n_classes)) if len(rows) else (rows,)
+def _split(examples: Tensor, n_classes: int, max_logits: int) -> tuple[Tensor, ...]:
+    """Split examples into chunks of at most max_logits logits, or of one example; no examples are one empty chunk."""
+    return torch.split(examples, max(1, max_logits // n_classes)) if len(examples) else (examples,)

@@ -1,4 +1,4 @@
-"""The base of the noise distributions, and the laws that are given once: uniform, log-uniform, unigram."""
+"""The base class of noise distributions, and the ones whose law is fixed: Uniform, LogUniform and Unigram."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRAWS, _DRAWS_PER_ID = 2**22, 64
 
 
 class Noise(nn.Module):
-    """Base of the distributions over class ids 0 .. n_classes - 1. Use a subclass."""
+    """Base class of the noise distributions over class ids 0 .. n_classes - 1; construct one of its subclasses."""
 
     kind: int
     table: Tensor
@@ -28,8 +28,8 @@ class Noise(nn.Module):
         self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
-        self.n_classes = _checks.check_n_classes(n_classes)
-        # A law in closed form keeps an empty table, which remembers the device that .to() chose.
+        self.n_classes = _checks.n_classes(n_classes)
+        # A law in closed form keeps an empty table, whose device is the module's after .to().
         entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
         self.register_buffer("table", entries.to(device), persistent=table is not None)
 
@@ -57,19 +57,20 @@ class Noise(nn.Module):
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
-        cols = sizes[-1] if sizes else 1
-        rows = math.prod(sizes[:-1])
-        if rows > 2**32 or cols > 2**32:
+        seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
+        examples, slots = math.prod(sizes[:-1]), sizes[-1] if sizes else 1
+        if examples > 2**32 or slots > 2**32:
             raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
-        return self.draw(seed, rows, cols).view(sizes)
+        return self.draw(seed, examples, slots).view(sizes)
 
-    def draw(self, seed: Tensor, rows: int, cols: int) -> Tensor:
-        """Draw ``cols`` ids for each of ``rows`` examples: ``sample`` of a known seed, without its checks."""
-        return sample(seed, self.table, self.kind, self.n_classes, rows, cols)
+    def draw(self, seed: Tensor, examples: int, slots: int) -> Tensor:
+        """Draw ``slots`` ids for each of ``examples`` examples: ``sample`` of a known seed, without its checks."""
+        return sample(seed, self.table, self.kind, self.n_classes, examples, slots)
 
     def log_prob(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log-probability of drawing each id: of the law that ``sample`` realises, not of the one that was asked for.
+        """Compute the log-probability with which ``sample`` draws each id.
+
+        An alias table holds probabilities rounded to integer masses; these are the rounded ones.
 
         Args:
             ids: integer tensor of any shape, in 0 .. n_classes - 1.
@@ -82,9 +83,8 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: ids that are not integers or are out of range; another dtype.
         """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        _checks.check_ids(ids, self.n_classes)
+        _checks.log_q_dtype(dtype)
+        _checks.class_ids(ids, self.n_classes)
         if dtype == torch.float64:
             return self._log_prob64(ids.long())
         return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
@@ -110,16 +110,16 @@ class Noise(nn.Module):
             TypeError, ValueError: k is no int or out of range; a seed as ``sample`` refuses it.
             RuntimeError: k ids were not found in max(2^22, 64 k) draws, since the rest are too improbable.
         """
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
-        if not 0 <= k <= self.n_classes:
-            raise ValueError(f"k must be in 0 .. {self.n_classes} = n_classes, got {k}")
+        _checks.count("k", k, 0, self.n_classes, wanted=f"in 0 .. {self.n_classes} = n_classes")
         device = self.table.device
-        seed = draw_seed(device, generator) if seed is None else _checks.check_seed(seed, device)
+        seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
         return self._distinct(k, seed, max(16, 2 * k))
 
     def _distinct(self, k: int, seed: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """sample_distinct by blocks: of ``block`` draws, then of twice as many from the first slot on, and so on."""
+        """Draw k different ids, as ``sample_distinct`` says, from a block of draws that doubles until it holds them.
+
+        Every block starts at the first slot again, so the ids do not depend on the sizes of blocks.
+        """
         limit = max(_DRAWS, _DRAWS_PER_ID * k)
         drawable = None
         while True:
@@ -143,13 +143,14 @@ class Noise(nn.Module):
             block *= 2
 
     def _count_drawable(self) -> int:
+        """Count the classes of positive probability."""
         return self.n_classes
 
     def log_inclusion(self, ids: Tensor, trials: int | Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log-probability that each id is among ``trials`` draws with replacement: log(1 - (1 - q)^trials).
+        """Compute the log-probability that an id is among ``trials`` draws with replacement: log(1 - (1 - q)^trials).
 
-        The exact correction for the distinct ids of ``sample(trials)``: 1[id was drawn] / inclusion(id) has mean 1.
-        Computed in float64, which keeps its digits for q near 0 and near 1. Waits for no device.
+        It is the exact correction for the distinct ids of ``sample(trials)``: 1[id was drawn] / inclusion(id) has
+        mean 1. Computed in float64, which keeps its digits for q near 0 and near 1. Waits for no device.
 
         Args:
             ids: integer tensor of any shape, in 0 .. n_classes - 1.
@@ -165,14 +166,14 @@ class Noise(nn.Module):
         # For its float64 log q a table would be read as a whole; its float32 one is correctly rounded.
         closed_form = dtype == torch.float32 and self.kind != reference.ALIAS
         log_q = self.log_prob(ids, dtype=torch.float64 if closed_form else dtype).double()
-        _checks.check_trials(trials, log_q.device)
+        _checks.trials(trials, log_q.device)
         missed = trials * log1mexp(log_q)
         return log1mexp(torch.where(torch.isnan(missed), 0, missed)).to(dtype)  # 0 draws of a certain class: 0 * -inf
 
     def log_expected_count_tf(
         self, ids: Tensor, k: int, trials: int | Tensor, *, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Log of TensorFlow's expected count of each id among the k of ``sample_distinct``.
+        """Compute the log of TensorFlow's expected count of each id among the k ids of ``sample_distinct``.
 
         That is k q if trials == k, else 1 - (1 - q)^trials (``tf.random.log_uniform_candidate_sampler`` and its
         like with ``unique=True``). It treats the number of draws as if it had been fixed before, so for probable
@@ -188,10 +189,7 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: as ``log_inclusion``; k that is no int, or negative.
         """
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {_checks.describe(k)}")
-        if k < 0:
-            raise ValueError(f"k must be >= 0, got {k}")
+        _checks.count("k", k, 0)
         inclusion = self.log_inclusion(ids, trials, dtype=dtype)
         count = self.log_prob(ids, dtype=dtype) + (math.log(k) if k else -math.inf)
         if isinstance(trials, Tensor):
@@ -199,10 +197,11 @@ class Noise(nn.Module):
         return count if trials == k else inclusion
 
     def probabilities(self) -> Tensor:
-        """The whole law: float64 [n_classes] on the module's device, at a cost of O(n_classes)."""
+        """Compute the probabilities of all classes: float64 [n_classes] on the module's device, at O(n_classes)."""
         return torch.exp(self._log_prob64(torch.arange(self.n_classes, device=self.table.device)))
 
     def _log_prob64(self, ids: Tensor) -> Tensor:
+        """Compute ``log_prob`` of valid int64 ids, in float64."""
         raise TypeError("Noise is a base class: use Uniform, LogUniform, Unigram, Mixture or Streaming")
 
     def extra_repr(self) -> str:
@@ -210,7 +209,7 @@ class Noise(nn.Module):
 
 
 class Uniform(Noise):
-    """Every class with probability 1 / n_classes.
+    """Noise that draws every class with probability 1 / n_classes.
 
     Args:
         n_classes: 1 .. 2^31 - 1.
@@ -228,7 +227,7 @@ class Uniform(Noise):
 class LogUniform(Noise):
     """Zipf-like noise for classes sorted by falling frequency: q(y) = log((y + 2) / (y + 1)) / log(n_classes + 1).
 
-    The law of TensorFlow's ``log_uniform_candidate_sampler``; it needs no table, whatever ``n_classes`` is.
+    This is the law of TensorFlow's ``log_uniform_candidate_sampler``; it needs no table, whatever ``n_classes`` is.
 
     Args:
         n_classes: 1 .. 2^31 - 1.
@@ -243,8 +242,8 @@ class LogUniform(Noise):
         return reference.log_q_log_uniform(self.n_classes, ids)
 
 
-class Table(Noise):
-    """A law with a probability of its own for every class, drawn from an alias table in constant time."""
+class TableNoise(Noise):
+    """Base class of the distributions that draw from an alias table: any law, in constant time a draw."""
 
     kind = reference.ALIAS
 
@@ -256,8 +255,8 @@ class Table(Noise):
         return torch.log(masses) - math.log(self.n_classes * 2.0**32)
 
 
-class Unigram(Table):
-    """q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
+class Unigram(TableNoise):
+    """Noise with q(y) proportional to counts[y] ** power, drawn from an alias table in constant time.
 
     The table holds integer masses that sum to exactly n_classes * 2^32, so the realised law is known exactly:
     every class with a positive count has a mass of at least 1, and a class with count 0 is never drawn. A class
@@ -275,9 +274,9 @@ class Unigram(Table):
     """
 
     def __init__(self, counts: Any, power: float = 0.75, *, device: torch.device | str | None = None) -> None:
-        weights = _checks.check_counts(counts)
-        power = _checks.check_power(power)
-        super().__init__(len(weights), table_of(weights, power), device=device)
+        weights = _checks.counts(counts)
+        power = _checks.power(power)
+        super().__init__(len(weights), alias_table_of(weights, power), device=device)
         self.power = power
 
     def extra_repr(self) -> str:
@@ -285,17 +284,17 @@ class Unigram(Table):
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, to full relative precision at both ends."""
+    """Compute log(1 - e^x) for x <= 0, to full relative precision near 0 and near minus infinity."""
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def table_of(counts: Tensor, power: float) -> Tensor:
-    """Alias table of the law proportional to float64 counts ** power, int32 [V, 4]."""
+def alias_table_of(counts: Tensor, power: float) -> Tensor:
+    """Build the alias table, int32 [V, 4], of the law proportional to float64 counts ** power."""
     return alias_table(*_unnormalised_law(counts, power))
 
 
 def _unnormalised_law(counts: Tensor, power: float) -> tuple[Tensor, float]:
-    """float64 weights counts ** power, and the factor that makes them sum to V 2^32.
+    """Compute float64 weights proportional to counts ** power, and the factor that makes them sum to V 2^32.
 
     Counts are divided by their maximum first, so that no power overflows; what underflows is lifted to the smallest
     normal number, since a class that occurs keeps a positive mass.

@@ -1,4 +1,4 @@
-"""The law of candidates that come from several laws in fixed numbers."""
+"""The mixture of noise distributions that candidates follow when several laws give a fixed number of them each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Noise, Table, table_of
+from nce_ext.noise.laws import Noise, TableNoise, alias_table_of
 
 
-class Mixture(Table):
-    """q(y) = sum_i counts[i] noises[i](y) / sum_i counts[i]: the law of candidates of which counts[i] follow noises[i].
+class Mixture(TableNoise):
+    """Mixture q(y) = sum_i counts[i] noises[i](y) / sum_i counts[i]: counts[i] of the candidates follow noises[i].
 
     Mixed negative sampling (Yang et al., WWW 2020) adds K uniform negatives to the B items of a batch, since items
     of the tail hardly ever are in a batch. All B + K columns of its softmax are then candidates from
@@ -52,7 +52,7 @@ class Mixture(Table):
                 raise ValueError(
                     f"noises must have the same n_classes, got {noises[0].n_classes} and {noise.n_classes} at index {i}"
                 )
-        numbers = _checks.check_counts(counts)
+        numbers = _checks.counts(counts)
         if len(numbers) != len(noises):
             raise ValueError(f"counts must have one entry for each of the {len(noises)} noises, got {len(numbers)}")
         if not (numbers > 0).all():
@@ -62,9 +62,10 @@ class Mixture(Table):
         law = torch.zeros(noises[0].n_classes, dtype=torch.float64)
         for noise, share in zip(noises, shares, strict=True):
             q = noise.probabilities().cpu()
-            # What underflows keeps the smallest weight, as a class that is drawn must not lose its mass.
+            # A product that underflows becomes the smallest normal number, so that a class that is drawn keeps a mass.
             law += torch.where(q > 0, (share * q).clamp_min_(torch.finfo(torch.float64).tiny), 0)
-        super().__init__(len(law), table_of(law, 1.0), device=noises[0].table.device if device is None else device)
+        device = noises[0].table.device if device is None else device
+        super().__init__(len(law), alias_table_of(law, 1.0), device=device)
         self.counts = numbers.tolist()
 
     def extra_repr(self) -> str:

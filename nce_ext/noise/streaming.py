@@ -1,18 +1,16 @@
-"""A law whose frequencies are estimated from the stream of training batches."""
+"""A noise distribution whose frequencies are estimated from the training batches."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from nce_ext import _checks
-from nce_ext.noise.laws import Table, table_of
+from nce_ext.noise.laws import TableNoise, alias_table_of
 
 
-class Streaming(Table):
-    """Frequencies of classes estimated batch by batch, for data whose counts are unknown or drift.
+class Streaming(TableNoise):
+    """Noise whose class frequencies are estimated batch by batch, for data whose counts are unknown or drift.
 
         noise = nce_ext.noise.Streaming(n_classes, half_life=1000)
         for step, (x, target) in enumerate(batches):
@@ -75,17 +73,17 @@ class Streaming(Table):
         power: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
-        _checks.check_n_classes(n_classes)
+        _checks.n_classes(n_classes)
         if estimator not in ("counts", "interval"):
             raise ValueError(f"estimator must be 'counts' or 'interval', got {estimator!r}")
-        _check_number("half_life", half_life, "> 0", math.inf)
-        _check_number("rate", rate, "in (0, 1]", 1.0)
-        _check_number("prior", prior, "finite and > 0", torch.finfo(torch.float64).max)
-        _checks.check_power(power)
-        super().__init__(n_classes, table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
+        _checks.number("half_life", half_life, above=0, infinite=True)
+        _checks.number("rate", rate, above=0, high=1)
+        _checks.number("prior", prior, above=0)
+        _checks.power(power)
+        super().__init__(n_classes, alias_table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
         self.prior, self.power = float(prior), float(power)
-        # One entry more than classes, which takes what is ignored. Float64 numbers are kept as their bits.
+        # The last of n_classes + 1 entries takes the ignored ids. values and total are the bits of float64 numbers.
         self.register_buffer("values", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
         self.register_buffer("last_step", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
@@ -103,27 +101,26 @@ class Streaming(Table):
         Raises:
             TypeError, ValueError: ids that are not integers, are on another device or out of range.
         """
-        _checks.check_ids(ids, self.n_classes, ignore_index)
-        self._check_device(ids)
-        slots = self._slots(ids.flatten())
+        _checks.class_ids(ids, self.n_classes, device=self.table.device, ignore_index=ignore_index)
+        entries = self._entries(ids.flatten())
         self.step += 1
         values, total = self.values.view(torch.float64), self.total.view(torch.float64)
-        elapsed = self.step - self.last_step[slots]
-        # Repetitions of an id write the same value, so that no order of writing matters.
+        elapsed = self.step - self.last_step[entries]
+        # Repetitions of an id write the same value, so the order of the writes does not matter.
         if self.estimator == "counts":
-            values[slots] = values[slots] * self._decay(elapsed)
-            values.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float64))
+            values[entries] = values[entries] * self._decay(elapsed)
+            values.index_add_(0, entries, torch.ones_like(entries, dtype=torch.float64))
             total *= self._decay(torch.ones_like(self.step))
-            total += (slots < self.n_classes).sum()
+            total += (entries < self.n_classes).sum()
         else:
-            first = (self.last_step[slots] == 0).double()
+            first = (self.last_step[entries] == 0).double()
             rate = self.rate + (1 - self.rate) * first
-            values[slots] = (1 - rate) * values[slots] + rate * elapsed
-        self.last_step[slots] = self.step
+            values[entries] = (1 - rate) * values[entries] + rate * elapsed
+        self.last_step[entries] = self.step
 
     @torch.no_grad()
     def log_frequency(self, ids: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Log of the current estimate p of each id, for the log q correction of an in-batch softmax.
+        """Compute the log of the current estimate p of each id, for the log q correction of an in-batch softmax.
 
         With "counts" the p of all classes sum to 1. With "interval" p is per batch, so larger by about the batch
         size as long as it is far from 1; a softmax does not see such a constant. A class that has not been seen in t
@@ -139,12 +136,10 @@ class Streaming(Table):
         Raises:
             TypeError, ValueError: ids as in ``update`` or out of range; another dtype.
         """
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-        _checks.check_ids(ids, self.n_classes)
-        self._check_device(ids)
-        slots = self._slots(ids)
-        return torch.where(slots < self.n_classes, self._log_estimate(slots), torch.nan).to(dtype)
+        _checks.log_q_dtype(dtype)
+        _checks.class_ids(ids, self.n_classes, device=self.table.device)
+        entries = self._entries(ids)
+        return torch.where(entries < self.n_classes, self._log_estimate(entries), torch.nan).to(dtype)
 
     @torch.no_grad()
     def rebuild(self) -> None:
@@ -154,26 +149,24 @@ class Streaming(Table):
         was never seen keeps a positive probability.
         """
         log_p = self._log_estimate(torch.arange(self.n_classes, device=self.table.device))
-        self.table.copy_(table_of(torch.exp(log_p).cpu(), self.power))
+        self.table.copy_(alias_table_of(torch.exp(log_p).cpu(), self.power))
 
-    def _log_estimate(self, slots: Tensor) -> Tensor:
-        values, elapsed = self.values.view(torch.float64)[slots], self.step - self.last_step[slots]
+    def _log_estimate(self, entries: Tensor) -> Tensor:
+        """Compute log p of these entries of the state, in float64."""
+        values, elapsed = self.values.view(torch.float64)[entries], self.step - self.last_step[entries]
         if self.estimator == "interval":
-            return -torch.log(torch.where(self.last_step[slots] == 0, (self.step + 1).double(), values))
+            return -torch.log(torch.where(self.last_step[entries] == 0, (self.step + 1).double(), values))
         share = values * self._decay(elapsed) + self.prior / self.n_classes
         return torch.log(share / (self.total.view(torch.float64) + self.prior)).clamp_max(0)
 
     def _decay(self, elapsed: Tensor) -> Tensor:
-        """What is left of a count after so many batches."""
+        """Compute the factor by which a count has decayed after so many batches."""
         return torch.exp2(elapsed.double() * (-1 / self.half_life))
 
-    def _slots(self, ids: Tensor) -> Tensor:
+    def _entries(self, ids: Tensor) -> Tensor:
+        """Map ids to entries of the state; those out of range to the last one, which no class has."""
         ids = ids.long()
         return torch.where((ids >= 0) & (ids < self.n_classes), ids, self.n_classes)
-
-    def _check_device(self, ids: Tensor) -> None:
-        if ids.device != self.table.device:
-            raise ValueError(f"ids must be on the module's device {self.table.device}, got {ids.device}")
 
     def extra_repr(self) -> str:
         if self.estimator == "counts":
@@ -181,10 +174,3 @@ class Streaming(Table):
         else:
             option = f"rate={self.rate:g}"
         return f"n_classes={self.n_classes}, estimator={self.estimator!r}, {option}, power={self.power:g}"
-
-
-def _check_number(name: str, value: object, allowed: str, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    if not 0 < value <= high:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -58,6 +58,7 @@ def test_every_refusal_in_the_source_is_tested():
         "weight must have at most",  # on CUDA alone: test_installation, test_cuda_operators
         "sparse must be True or 'padded' with a weight in host memory",  # test_pinned_table
     ]
+    elsewhere += ["ids must be", "dtype must be torch.float32 or", "counts must", "trials must"]  # tests/noise
     tables = messages(REFUSALS, CONSTRUCTOR, OF_HOGWILD, OF_OBJECTIVES, SOFTMAX_MODULE, AT_THE_CALL)
     assert_tested([functional, _call, _sampled, losses, _checks], [*tables, *elsewhere])
 
