@@ -10,7 +10,8 @@ import importlib
 from typing import Any
 
 from nce_ext import contrastive, density, evaluate, functional, noise, optim, utils
-from nce_ext._ops.library import __version__, build_info, set_debug
+from nce_ext._ops.library import build_info, set_debug
+from nce_ext._version import __version__
 from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
 from nce_ext.density import DensityNCELoss
 from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def run_eagerly(function: Function) -> Function:
     """Keep ``function`` out of compiled graphs: ``torch.compiler.disable``, which takes seconds to import."""
-    return _disable_dynamo(function)  # type: ignore[no-any-return]
+    return cast("Function", _disable_dynamo(function))
 
 
 # Sparse gradients. The public indices() and values() refuse a tensor that is not coalesced, and copy the flag's check
@@ -38,7 +38,7 @@ def coo_rows(gradient: Tensor) -> Tensor:
 
 def flag_coalesced(gradient: Tensor) -> Tensor:
     """Declare that the classes of a COO gradient ascend, each once; the gradient itself."""
-    return gradient._coalesced_(True)  # type: ignore[no-any-return]
+    return gradient._coalesced_(True)
 
 
 def call_after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
@@ -48,11 +48,11 @@ def call_after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -
     ``torch.utils.swap_tensors`` from swapping them. Swapped, a parameter keeps the list of its hooks, but torch no
     longer calls them until the list is given to it again.
     """
-    hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    hooks = parameter._post_accumulate_grad_hooks
     if hooks is None or hook not in hooks.values():
-        parameter.register_post_accumulate_grad_hook(hook)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     else:
-        parameter._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+        parameter._post_accumulate_grad_hooks = hooks
 
 
 def version(tensor: Tensor) -> int:
@@ -75,7 +75,7 @@ def will_run_in_this_pass(node: torch.autograd.graph.Node) -> bool:
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call back once, when all gradients of the pass under way have been accumulated."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 # Optimizers.

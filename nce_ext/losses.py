@@ -123,15 +123,14 @@ class _SampledLoss(PinnedTables):
         All arguments are those of :func:`nce_ext.functional.nce_loss`; ``log_z`` given here, say one value per
         example from a network, takes the place of the module's. A softmax loss takes none: it cancels there.
         """
+        weight, bias, noise, k = self.weight, self.bias, self.noise, self.num_negatives
         options = dict(
-            bias=self.bias, log_z=self._log_z(log_z), objective=self._objective(), negatives=negatives, log_q=log_q,
+            log_z=self._log_z(log_z), objective=self._objective(), negatives=negatives, log_q=log_q,
             sample_weight=sample_weight, seed=seed, generator=generator, **self._call_options(),
         )  # fmt: skip
         if self._fused is not None and torch.is_grad_enabled():
-            return self._fused.loss(
-                reduced_loss, hidden, self.weight, target, self.noise, self.num_negatives, options
-            )  # fmt: skip
-        return reduced_loss(hidden, self.weight, target, self.noise, self.num_negatives, **options)
+            return self._fused.loss(reduced_loss, hidden, weight, bias, target, noise, k, options)
+        return reduced_loss(hidden, weight, target, noise, k, bias=bias, **options)
 
     def _objective(self) -> Objective:
         """Say what is made of an example's scores."""

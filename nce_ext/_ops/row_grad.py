@@ -29,7 +29,7 @@ class GradientPairs(NamedTuple):
     hidden: Tensor  # [B, D]
 
 
-class Inputs(NamedTuple):
+class RowGradInputs(NamedTuple):
     """Arguments of ``row_grad``; the other two have the first ones of them."""
 
     ids: Tensor
@@ -55,7 +55,7 @@ def row_grad(
     pairs: GradientPairs, n_classes: int, dtype: torch.dtype, *, with_rows: bool, with_bias: bool, padded: bool
 ) -> RowGradient:
     """Sum the pairs of each class: classes ascend, each once; padded to min(B C, V), spare rows zero, of class 0."""
-    inputs = Inputs(*pairs, n_classes, dtype, with_rows, with_bias, padded)
+    inputs = RowGradInputs(*pairs, n_classes, dtype, with_rows, with_bias, padded)
     return RowGradient._make(torch.ops.nce_ext.row_grad(*inputs))
 
 
@@ -85,7 +85,7 @@ def row_grad_norm(pairs: GradientPairs, n_classes: int, *, with_rows: bool, with
 
 @library.register_fake("row_grad")
 def _row_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs._make(arguments)
+    inputs = RowGradInputs._make(arguments)
     n: Any = min_of(inputs.ids.numel(), inputs.n_classes) if inputs.padded else unknown_size()
     return (
         inputs.ids.new_empty((n,), dtype=torch.int64),
@@ -96,7 +96,7 @@ def _row_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @library.register_fake("row_grad_dense")
 def _row_grad_dense_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs = Inputs(*arguments, padded=False)
+    inputs = RowGradInputs._make([*arguments, False])
     n, dim = inputs.n_classes, inputs.hidden.shape[1]
     return (
         inputs.hidden.new_empty((n if inputs.with_rows else 0, dim), dtype=inputs.dtype),

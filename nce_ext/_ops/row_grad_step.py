@@ -14,8 +14,8 @@ from nce_ext.reference.row_step import RowStep
 OPERATOR = "row_grad_step_"
 
 
-class Inputs(NamedTuple):
-    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
+class RowGradStepInputs(NamedTuple):
+    """RowGradStepInputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     ids: Tensor
     dlogit: Tensor
@@ -48,14 +48,14 @@ def row_grad_step_(pairs: GradientPairs, step: RowStep, scale: Tensor | None, wi
     """Step on a weight by the gradient of pairs: the touched classes [U] and, if ``with_bias``, bias's gradient [U]."""
     torch.autograd.graph.increment_version(step.weight)  # which compiled operators do not
     weight, state, hyperparameters, seed = step
-    inputs = Inputs(*pairs, weight, *state, scale, seed, with_bias, **hyperparameters._asdict())
+    inputs = RowGradStepInputs(*pairs, weight, *state, scale, seed, with_bias, **hyperparameters._asdict())
     classes, bias = torch.ops.nce_ext.row_grad_step_(*inputs)
     return classes, bias
 
 
 @library.register_fake(OPERATOR)
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs = Inputs._make(arguments)
+    inputs = RowGradStepInputs._make(arguments)
     unique: Any = unknown_size()
     if inputs.ids.device.type != "cpu":  # padded: nothing waits for the number of touched rows
         unique = min_of(inputs.ids.numel(), inputs.weight.shape[0])

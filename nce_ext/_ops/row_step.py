@@ -14,8 +14,8 @@ from nce_ext.reference.row_step import RowStep
 OPERATOR = "row_step_"
 
 
-class Inputs(NamedTuple):
-    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
+class RowStepInputs(NamedTuple):
+    """RowStepInputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     weight: Tensor
     classes: Tensor | None
@@ -46,7 +46,7 @@ def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Te
     weight, state, hyperparameters, seed = step
     torch.autograd.graph.increment_version(weight)  # which compiled operators do not
     if library.fused_available(weight.device):
-        inputs = Inputs(weight, classes, gradient, *state, scale, seed, **hyperparameters._asdict())
+        inputs = RowStepInputs(weight, classes, gradient, *state, scale, seed, **hyperparameters._asdict())
         torch.ops.nce_ext.row_step_(*inputs)
     else:
         reference.row_step_(weight, classes, gradient, state, hyperparameters, scale, seed)
@@ -54,4 +54,4 @@ def row_step_(step: RowStep, classes: Tensor | None, gradient: Tensor, scale: Te
 
 @library.register_fake(OPERATOR)
 def _fake(*arguments: Any) -> None:
-    Inputs._make(arguments)
+    RowStepInputs._make(arguments)

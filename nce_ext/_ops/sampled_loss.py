@@ -20,7 +20,7 @@ from nce_ext._ops.row_grad import (
 from nce_ext.reference.dtypes import compute_dtype
 
 
-class Inputs(NamedTuple):
+class SampledLossInputs(NamedTuple):
     """Arguments of ``sampled_loss``."""
 
     hidden: Tensor
@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     gradient_layout: int
 
 
-class Outputs(NamedTuple):
+class SampledLossOutputs(NamedTuple):
     """Loss [B], ids and dlogit [B, T + k], gradient of hidden [B, D]; all unscaled, and empty where not needed."""
 
     loss: Tensor
@@ -60,20 +60,20 @@ class Outputs(NamedTuple):
     grad_hidden: Tensor
 
 
-def sampled_loss(inputs: Inputs) -> Outputs:
+def sampled_loss(inputs: SampledLossInputs) -> SampledLossOutputs:
     """Call the operator, through autograd if a tensor requires a gradient; only the loss has one."""
-    return Outputs._make(torch.ops.nce_ext.sampled_loss(*inputs))
+    return SampledLossOutputs._make(torch.ops.nce_ext.sampled_loss(*inputs))
 
 
 @library.register_fake("sampled_loss")
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs._make(arguments)
+    inputs = SampledLossInputs._make(arguments)
     hidden, (batch, dim) = inputs.hidden, inputs.hidden.shape
     columns = inputs.target.shape[1] + inputs.num_negatives
     compute = compute_dtype(inputs.weight.dtype)
     keeps_scores = inputs.objective != reference.BINARY and inputs.needs_hidden_grad
     saved = batch if inputs.needs_row_grad or keeps_scores else 0
-    return Outputs(
+    return SampledLossOutputs(
         loss=hidden.new_empty((batch,), dtype=compute),
         ids=hidden.new_empty((saved, columns), dtype=torch.int32),
         dlogit=hidden.new_empty((saved, columns), dtype=compute),
@@ -81,11 +81,12 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-_NO_GRADS = Inputs._make([None] * len(Inputs._fields))
+_NO_GRADS: Any = SampledLossInputs._make([None] * len(SampledLossInputs._fields))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    given, made, needs = Inputs._make(inputs), Outputs._make(output), library.needed_gradients(ctx, Inputs)
+    given, made = SampledLossInputs._make(inputs), SampledLossOutputs._make(output)
+    needs = library.needed_gradients(ctx, SampledLossInputs)
     ctx.set_materialize_grads(False)
     weight = given.weight
     ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
@@ -106,16 +107,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return tuple(_NO_GRADS)
     hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
-    needs, grads, table = library.needed_gradients(ctx, Inputs), _NO_GRADS, ctx.table
+    needs, grads, table = library.needed_gradients(ctx, SampledLossInputs), _NO_GRADS, ctx.table
     if needs.hidden:
         grads = grads._replace(hidden=(grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype))
     if needs.weight or needs.bias:
         layout = layout_now(table, ids.device)
-        pairs, wanted = GradientPairs(ids, dlogit, grad_loss, hidden), (bool(needs.weight), bool(needs.bias))
-        with_rows, with_bias = wanted
+        pairs = GradientPairs(ids, dlogit, grad_loss, hidden)
+        with_rows, with_bias = needs.weight, needs.bias
         summed = row_grad_in(layout, pairs, table.n_classes, table.dtype, with_rows=with_rows, with_bias=with_bias)
         weight, bias = gradients_of_table(summed, table, layout, needs_weight=with_rows, needs_bias=with_bias)
-        grads = grads._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
+        grads = grads._replace(weight=weight, bias=bias)
     if needs.log_z:
         grads = grads._replace(log_z=-dlogit.sum(1) * grad_loss)
     return tuple(grads)

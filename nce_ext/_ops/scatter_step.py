@@ -13,8 +13,8 @@ from nce_ext._ops.row_grad import GradientPairs
 OPERATOR = "scatter_step_"
 
 
-class Inputs(NamedTuple):
-    """Inputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
+class ScatterStepInputs(NamedTuple):
+    """ScatterStepInputs of the operator, in the order of its schema in csrc/ops.cpp, which says their shapes."""
 
     ids: Tensor
     dlogit: Tensor
@@ -29,9 +29,9 @@ def scatter_step_(pairs: GradientPairs, weight: Tensor, bias: Tensor | None, rat
     """Subtract ``rate`` times the gradient of every pair from its row of weight, and of bias, in no order."""
     changed = [weight] if bias is None else [weight, bias]
     torch.autograd.graph.increment_version(changed)  # which compiled operators do not
-    torch.ops.nce_ext.scatter_step_(*Inputs(*pairs, weight, bias, rate))
+    torch.ops.nce_ext.scatter_step_(*ScatterStepInputs(*pairs, weight, bias, rate))
 
 
 @library.register_fake(OPERATOR)
 def _fake(*arguments: Any) -> None:
-    Inputs._make(arguments)
+    ScatterStepInputs._make(arguments)

@@ -25,7 +25,7 @@ from nce_ext._ops.row_grad import (
 from nce_ext.reference.dtypes import compute_dtype
 
 
-class Inputs(NamedTuple):
+class SharedLossInputs(NamedTuple):
     """Arguments of ``shared_loss``."""
 
     hidden: Tensor
@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
     gradient_layout: int
 
 
-class Outputs(NamedTuple):
+class SharedLossOutputs(NamedTuple):
     """The loss [B], or [1] with example_weight, and what the backward pass needs; empty where it needs nothing."""
 
     loss: Tensor
@@ -67,7 +67,7 @@ class Outputs(NamedTuple):
     grad_shift: Tensor  # [B], the sum of each example's derivatives
 
 
-class EpilogueInputs(NamedTuple):
+class SharedEpilogueInputs(NamedTuple):
     """Arguments of ``shared_loss_``."""
 
     logits: Tensor
@@ -95,7 +95,7 @@ class EpilogueInputs(NamedTuple):
     needs_hidden_grad: bool
 
 
-class EpilogueOutputs(NamedTuple):
+class SharedEpilogueOutputs(NamedTuple):
     """Loss [B], and of the targets ids and derivatives [B, T] and their part of the gradient of hidden [B, D]."""
 
     loss: Tensor
@@ -105,7 +105,7 @@ class EpilogueOutputs(NamedTuple):
     grad_shift: Tensor  # [B], the sum of each example's derivatives
 
 
-class RowGradInputs(NamedTuple):
+class SharedRowGradInputs(NamedTuple):
     """Arguments of ``shared_row_grad``."""
 
     target_ids: Tensor
@@ -123,31 +123,31 @@ class RowGradInputs(NamedTuple):
     gradient_layout: int
 
 
-def shared_loss(inputs: Inputs) -> Outputs:
+def shared_loss(inputs: SharedLossInputs) -> SharedLossOutputs:
     """Call the operator, through autograd if a tensor requires a gradient; only the loss has one."""
-    return Outputs._make(torch.ops.nce_ext.shared_loss(*inputs))
+    return SharedLossOutputs._make(torch.ops.nce_ext.shared_loss(*inputs))
 
 
-def shared_loss_(inputs: EpilogueInputs) -> EpilogueOutputs:
+def shared_loss_(inputs: SharedEpilogueInputs) -> SharedEpilogueOutputs:
     """Turn the scores of a chunk of examples into derivatives, in place."""
-    return EpilogueOutputs._make(torch.ops.nce_ext.shared_loss_(*inputs))
+    return SharedEpilogueOutputs._make(torch.ops.nce_ext.shared_loss_(*inputs))
 
 
-def shared_row_grad(inputs: RowGradInputs) -> RowGradient:
+def shared_row_grad(inputs: SharedRowGradInputs) -> RowGradient:
     """Merge the gradients of the targets' and of the negatives' rows."""
     return RowGradient._make(torch.ops.nce_ext.shared_row_grad(*inputs))
 
 
 @library.register_fake("shared_loss")
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs._make(arguments)
+    inputs = SharedLossInputs._make(arguments)
     hidden, target, (batch, dim) = inputs.hidden, inputs.target, inputs.hidden.shape
     n_targets, k = target.shape[1], inputs.negatives.shape[0]
     compute = compute_dtype(inputs.weight.dtype)
     reduced, needs_rows = inputs.example_weight is not None, inputs.needs_row_grad
     examples = batch if inputs.needs_hidden_grad or needs_rows else 0
     columns = k if needs_rows and reduced else 0
-    return Outputs(
+    return SharedLossOutputs(
         loss=hidden.new_empty((1 if reduced else batch,), dtype=compute),
         target_ids=target.new_empty((examples, n_targets), dtype=torch.int32),
         target_dlogit=hidden.new_empty((examples, n_targets), dtype=compute),
@@ -162,11 +162,11 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 @library.register_fake("shared_loss_")
 def _epilogue_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = EpilogueInputs._make(arguments)
+    inputs = SharedEpilogueInputs._make(arguments)
     logits, target, (batch, dim) = inputs.logits, inputs.target, inputs.hidden.shape
     n_targets = target.shape[1]
     examples = batch if inputs.needs_derivatives else 0
-    return EpilogueOutputs(
+    return SharedEpilogueOutputs(
         loss=logits.new_empty((batch,)),
         target_ids=target.new_empty((examples, n_targets), dtype=torch.int32),
         target_dlogit=logits.new_empty((examples, n_targets)),
@@ -177,7 +177,7 @@ def _epilogue_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 @library.register_fake("shared_row_grad")
 def _row_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = RowGradInputs._make(arguments)
+    inputs = SharedRowGradInputs._make(arguments)
     unique: Any
     n: Any
     if inputs.gradient_layout == DENSE:
@@ -194,25 +194,21 @@ def _row_grad_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_NO_GRADS = Inputs._make([None] * len(Inputs._fields))
+_NO_GRADS: Any = SharedLossInputs._make([None] * len(SharedLossInputs._fields))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    given, made, needs = Inputs._make(inputs), Outputs._make(output), library.needed_gradients(ctx, Inputs)
+    given, made = SharedLossInputs._make(inputs), SharedLossOutputs._make(output)
+    needs = library.needed_gradients(ctx, SharedLossInputs)
     ctx.set_materialize_grads(False)
     weight = given.weight
     ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
     ctx.hidden_dtype = given.hidden.dtype
     of_rows = needs.weight or needs.bias
-    saved = made._replace(
-        grad_hidden=made.grad_hidden if needs.hidden else None,  # type: ignore[arg-type]
-        grad_shift=made.grad_shift if needs.log_z else None,  # type: ignore[arg-type]
-    )
-    if not of_rows:
-        saved = saved._replace(
-            **dict.fromkeys(("target_ids", "target_dlogit", "classes", "rows", "elements", "dlogit"))
-        )
-    ctx.save_for_backward(given.hidden if of_rows else None, *saved._replace(loss=None))  # type: ignore[arg-type]
+    kept = dict.fromkeys(SharedLossOutputs._fields, of_rows)
+    kept.update(loss=False, grad_hidden=needs.hidden, grad_shift=needs.log_z)
+    saved = (value if kept[name] else None for name, value in made._asdict().items())
+    ctx.save_for_backward(given.hidden if of_rows else None, *saved)
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -222,23 +218,24 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return tuple(_NO_GRADS)
     hidden, *rest = ctx.saved_tensors
-    saved, needs, grads, table = Outputs._make(rest), library.needed_gradients(ctx, Inputs), _NO_GRADS, ctx.table
+    saved, needs = SharedLossOutputs._make(rest), library.needed_gradients(ctx, SharedLossInputs)
+    grads, table = _NO_GRADS, ctx.table
     if needs.hidden:
         grad_hidden = saved.grad_hidden
         if grad_loss.shape[0] != 1 or not is_one(grad_loss):
             grad_hidden = grad_hidden * grad_loss[:, None]
         grads = grads._replace(hidden=grad_hidden.to(ctx.hidden_dtype))
     if needs.weight or needs.bias:
-        with_rows, with_bias = bool(needs.weight), bool(needs.bias)
+        with_rows, with_bias = needs.weight, needs.bias
         layout = layout_now(table, hidden.device)
         merged = shared_row_grad(
-            RowGradInputs(
+            SharedRowGradInputs(
                 saved.target_ids, saved.target_dlogit, grad_loss, hidden, saved.classes, saved.rows, saved.elements,
                 saved.dlogit, table.n_classes, table.dtype, with_rows, with_bias, layout,
             )
         )  # fmt: skip
         weight, bias = gradients_of_table(merged, table, layout, needs_weight=with_rows, needs_bias=with_bias)
-        grads = grads._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
+        grads = grads._replace(weight=weight, bias=bias)
     if needs.log_z:
         grads = grads._replace(log_z=-saved.grad_shift * grad_loss)
     return tuple(grads)

@@ -18,7 +18,6 @@ from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Ob
 from nce_ext.reference.dtypes import compute_dtype
 
 CORRECTIONS = ("log_kq", "log_q", "none")
-REDUCTIONS = ("mean", "sum", "none")
 CUDA_MAX_DIM = 16384  # kMaxDim in csrc/cuda/shapes.cuh
 
 
@@ -298,7 +297,7 @@ def check_options(
     _checks.one_of("correction", correction, CORRECTIONS)
     _checks.one_of("candidate_reduction", candidate_reduction, ("sum", "mean"))
     _checks.one_of("positive_label", positive_label, ("one", "uniform"))
-    _checks.one_of("reduction", reduction, REDUCTIONS)
+    _checks.reduction(reduction)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
 

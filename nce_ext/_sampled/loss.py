@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nce_ext import _checks, _warnings, reference
-from nce_ext._ops import coo, sampled_loss
-from nce_ext._ops.coo import DENSE
+from nce_ext._ops.coo import DENSE, made_coalesced
+from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._sampled import shared
 from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments, validate_and_flatten
 from nce_ext.noise import Noise
@@ -20,13 +20,13 @@ _MANY_ROWS = 4  # times the number of classes
 _Result = TypeVar("_Result")
 
 
-class FusedStep(Protocol):
+class TakesGradient(Protocol):
     """Takes the gradient of the rows instead of ``weight.grad``: see nce_ext.optim.fused_step."""
 
     def check_rows(self) -> None:
         """Refuse a call that leaves gradient rows, where only pairs can be taken."""
 
-    def sampled_loss(self, inputs: sampled_loss.Inputs) -> Tensor:
+    def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
         """Compute the loss of each example, [B], whose backward pass hands over its pairs."""
 
 
@@ -39,7 +39,7 @@ def reduced_loss(
     *,
     sample_weight: Tensor | None,
     reduction: str,
-    fused_step: FusedStep | None = None,
+    fused_step: TakesGradient | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute the loss of the examples, reduced; options are those of ``validate_and_flatten``."""
@@ -84,12 +84,12 @@ def reduced_loss(
     return (losses * example_weight(call, weights, reduction)).sum()
 
 
-def inputs_of(call: Call, grad_enabled: bool) -> sampled_loss.Inputs:
+def inputs_of(call: Call, grad_enabled: bool) -> SampledLossInputs:
     """Arrange a call as the operator sampled_loss takes it."""
     operands, candidates, correction = call.operands, call.candidates, call.correction
     hidden, noise = operands.hidden, candidates.noise
     of_rows = (operands.weight, operands.bias, operands.log_z)
-    return sampled_loss.Inputs(
+    return SampledLossInputs(
         **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
         seed=candidates.seed,
         table=noise.table,
@@ -106,8 +106,8 @@ def inputs_of(call: Call, grad_enabled: bool) -> sampled_loss.Inputs:
     )
 
 
-def _losses(inputs: sampled_loss.Inputs) -> Tensor:
-    return sampled_loss.sampled_loss(inputs).loss
+def _losses(inputs: SampledLossInputs) -> Tensor:
+    return sampled_loss(inputs).loss
 
 
 def run_with_id_errors(run: Callable[[], _Result], id_check_args: tuple[Any, ...], device: torch.device) -> _Result:
@@ -172,8 +172,8 @@ def _prepare_gradient(call: Call) -> None:
     """Keep the flag of coalesced gradients; warn once of a dense one that is large."""
     weight = call.operands.weight
     if call.layout.gradient_layout != DENSE:
-        coo.made_coalesced.watch(weight)
-        coo.made_coalesced.watch(call.operands.bias)
+        made_coalesced.watch(weight)
+        made_coalesced.watch(call.operands.bias)
         return
     size = weight.numel() * weight.element_size()
     if size > _DENSE_GRADIENT_LIMIT and weight.requires_grad:

@@ -17,7 +17,14 @@ from nce_ext import _private_torch
 from nce_ext._ops import library
 from nce_ext._ops.coo import COALESCED, PADDED, is_one
 from nce_ext._ops.row_grad import GradientPairs, RowGradient, row_grad_in
-from nce_ext._ops.shared_loss import EpilogueInputs, Inputs, Outputs, RowGradInputs, shared_loss, shared_loss_
+from nce_ext._ops.shared_loss import (
+    SharedEpilogueInputs,
+    SharedLossInputs,
+    SharedLossOutputs,
+    SharedRowGradInputs,
+    shared_loss,
+    shared_loss_,
+)
 from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments
 from nce_ext.reference.dtypes import compute_dtype
 
@@ -32,7 +39,7 @@ def losses(call: Call, example_weight: Tensor | None, grad_enabled: bool) -> Ten
     assert candidates.ids is not None
     target_log_q, negative_log_q = log_q_of(call, candidates.ids)
     hidden, of_rows = operands.hidden, (operands.weight, operands.bias, operands.log_z)
-    inputs = Inputs(
+    inputs = SharedLossInputs(
         **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
         negatives=candidates.ids[0],
         distinct=candidates.distinct,
@@ -90,7 +97,7 @@ class SharedColumns:
 
 def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """Implement the operator ``shared_loss``."""
-    inputs = Inputs._make(arguments)
+    inputs = SharedLossInputs._make(arguments)
     hidden, weight, target = inputs.hidden, inputs.weight, inputs.target
     batch, (n_classes, dim), k = hidden.shape[0], weight.shape, len(inputs.negatives)
     n_targets, compute = target.shape[1], compute_dtype(weight.dtype)
@@ -121,7 +128,7 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
     kept = example_weight is None and needs_rows  # the derivatives, for what is yet to come from above
     accumulates = needs_rows and not kept
     saved = batch if needs_derivatives else 0
-    out = Outputs(
+    out = SharedLossOutputs(
         loss=hidden.new_empty((batch,), dtype=compute),
         target_ids=target.new_empty((saved, n_targets), dtype=torch.int32),
         target_dlogit=hidden.new_empty((saved, n_targets), dtype=compute),
@@ -142,7 +149,7 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
         x = hidden[chunk].to(product_dtype)
         logits = product_in(compute, x, rows)
         made = shared_loss_(
-            EpilogueInputs(
+            SharedEpilogueInputs(
                 logits, hidden[chunk], weight, inputs.bias, target[chunk], _part(inputs.log_z, chunk), shift,
                 multiplicity, _part(accidental_hits, chunk), columns.n_draws, target_log_q[chunk], inputs.offset,
                 inputs.uniform_labels, inputs.mean_candidates, inputs.ignore_index, inputs.objective,
@@ -201,7 +208,7 @@ def _one_dnn_works() -> bool:
 
 def merged_row_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Implement the operator ``shared_row_grad``."""
-    inputs = RowGradInputs._make(arguments)
+    inputs = SharedRowGradInputs._make(arguments)
     grad_loss, hidden, n_classes = inputs.grad_loss, inputs.hidden, inputs.n_classes
     classes, rows, elements, dlogit = inputs.classes, inputs.rows, inputs.elements, inputs.dlogit
     with_rows, with_bias, gradient_layout = inputs.with_rows, inputs.with_bias, inputs.gradient_layout

@@ -22,8 +22,7 @@ from nce_ext._ops.coo import coo, flag_coalesced
 from nce_ext._ops.row_grad import NO_DOUBLE_BACKWARD, GradientPairs, row_grad, row_grad_norm
 from nce_ext._ops.row_grad_step import row_grad_step_
 from nce_ext._ops.row_step import row_step_
-from nce_ext._ops.sampled_loss import Inputs as SampledLossInputs
-from nce_ext._ops.sampled_loss import sampled_loss
+from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._ops.scatter_step import scatter_step_
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim.rules import SGD
@@ -299,7 +298,7 @@ class FusedStep:
         weight, *bias = self._parameters
         rate = float(self._group(weight)["lr"])
         for each in pairs:
-            scatter_step_(*each, weight.detach(), bias[0].detach() if bias else None, rate)
+            scatter_step_(each, weight.detach(), bias[0].detach() if bias else None, rate)
 
     def _give_gradients(self, merged: GradientPairs) -> None:
         """Form the gradient of pairs, and add it to the gradients that other uses of the parameters have left."""

@@ -11,8 +11,8 @@ from objective_cases import loss, run
 from test_shared_negatives import PARTS, case_of
 
 import nce_ext
-from nce_ext._sampled import shared as _shared
 from nce_ext import noise as noises
+from nce_ext._sampled import shared as _shared
 
 
 @pytest.mark.parametrize("name", ["nce", "adversarial", "smoothed"])

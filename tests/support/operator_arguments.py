@@ -26,7 +26,7 @@ def operands():
 def forward_arguments(**changes):
     """Arguments of sampled_loss."""
     noise = noises.Unigram(range(1, V + 1))
-    inputs = sampled_loss.Inputs(
+    inputs = sampled_loss.SampledLossInputs(
         **operands(), seed=torch.tensor([1, 2]), table=noise.table, kind=noise.kind, num_negatives=K, negatives=None,
         remove_hits=False, target_log_q=None, negative_log_q=None, subtract_log_q=True, offset=1.0, **LABELS,
         **OBJECTIVE, **NEEDS,
@@ -36,7 +36,7 @@ def forward_arguments(**changes):
 
 def shared_arguments(**changes):
     """Arguments of shared_loss."""
-    inputs = shared_loss.Inputs(
+    inputs = shared_loss.SharedLossInputs(
         **operands(), negatives=torch.randint(V, (K,)), distinct=False, remove_hits=True,
         target_log_q=-torch.rand(B, T), negative_log_q=-torch.rand(K), offset=1.0, **LABELS, **OBJECTIVE,
         example_weight=None, **NEEDS,
@@ -46,7 +46,7 @@ def shared_arguments(**changes):
 
 def epilogue_arguments(**changes):
     """Arguments of shared_loss_."""
-    inputs = shared_loss.EpilogueInputs(
+    inputs = shared_loss.SharedEpilogueInputs(
         logits=torch.randn(B, K), **operands(), column_shift=torch.randn(K), multiplicity=None, accidental_hits=None,
         n_draws=K, target_log_q=-torch.rand(B, T), offset=1.0, **LABELS, **OBJECTIVE, example_weight=None,
         needs_derivatives=True, needs_hidden_grad=True,
