@@ -163,7 +163,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     weight, steps = torch.nn.Parameter(torch.zeros(V, D)), torch.zeros(2)
     weight.share_memory_(); steps.share_memory_()
-    # Forked, before any thread exists: each needs no import of torch.
+    # Forked before any thread exists, so that neither imports torch again.
     mp.start_processes(work, (weight, steps), nprocs=2, start_method="fork")
     with torch.no_grad():
         hidden, target = data(10**6)
