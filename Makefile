@@ -7,7 +7,7 @@ CUDA_VENV ?= .venv-cuda
 CXX ?= g++
 WORKERS ?= 2
 # A file's tests share compiled functions and processes: they stay together.
-PYTEST := NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 KERNEL_TESTS := $(addprefix tests/,noise/test_noise_distributions.py losses/test_nce_loss.py \
 	losses/test_strided_tensors.py losses/test_loss_gradients.py ops/test_row_step_operators.py optim/test_fused_step.py)

@@ -276,7 +276,7 @@ def test_a_gpu_gives_what_the_cpu_gives(name, reduction, cuda):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_whole(name, compiler, reduction):
     torch.compiler.reset()

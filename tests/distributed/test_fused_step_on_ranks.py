@@ -32,7 +32,7 @@ RUNS = {
     "clipped": {"optimizer": "Adam, all", "sizes": UNEVEN, "max_norm": 0.05},
     "accumulated": {"optimizer": "Adagrad, all", "sizes": UNEVEN, "accumulate": 2},
 }
-RANKS = (2, 3)
+RANKS = (2, pytest.param(3, marks=pytest.mark.slow))
 
 
 @functools.cache

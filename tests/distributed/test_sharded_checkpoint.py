@@ -19,6 +19,10 @@ def run(ranks: int, folder: Path, *what: str) -> None:
         assert not report["failures"], "\n".join(report["failures"].values())
 
 
+def test_what_is_saved_is_loaded(tmp_path):
+    run(2, tmp_path, "save:by2", "load:by2")
+
+
 @pytest.mark.slow
 def test_any_number_of_processes_loads_what_any_number_has_saved(tmp_path):
     """And makes the same table of one seed, also of fewer classes than processes; and training continues."""

@@ -37,6 +37,12 @@ def assert_passed(reports: list, n_checks: int) -> None:
     assert not failures, "\n\n".join(f"{name}\n{text}" for name, text in failures.items())
 
 
+def test_some_losses_and_gradients():
+    """Every 12th of the cases below, so that each loss is among them."""
+    assert {name for name, _ in sharded_cases.CASES[::12]} == set(sharded_cases.LOSSES)
+    assert_passed(torchrun("sharded_losses.py", 2, "auto", "one process", 12), 25)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", RUNS)
 def test_losses_and_gradients_are_those_of_one_process(ranks):

@@ -28,16 +28,8 @@ EVALUATE = {
     "hidden too wide": (nll(torch.randn(B, 5)), ValueError, r"hidden must be \[\.\.\., 4\], got shape \[3, 5\]"),
     "hidden a scalar": (nll(torch.tensor(1.0)), ValueError, r"hidden must be \[\.\.\., 4\], got shape \[\]"),
     "target too short": (nll(target=TARGET[:2]), ValueError, r"target must have shape \[3\], got \[2\]"),
-    "target above": (
-        nll(target=TARGET + V),
-        ValueError,
-        r"target must be in 0 \.\. 9 or ignore_index = -100",
-    ),
-    "target below": (
-        nll(target=TARGET - 2),
-        ValueError,
-        r"target must be in 0 \.\. 9 or ignore_index = -100",
-    ),
+    "target above": (nll(target=TARGET + V), ValueError, r"target must be in 0 \.\. 9 or ignore_index = -100"),
+    "target below": (nll(target=TARGET - 2), ValueError, r"target must be in 0 \.\. 9 or ignore_index = -100"),
     "target of floats": (nll(target=TARGET.float()), (TypeError, ValueError), r"target must be .* got .*float32"),
     "a shard": (
         lambda: evaluate.nll(SHARD, HIDDEN, TARGET),

@@ -12,6 +12,7 @@ from nce_ext import functional
 from nce_ext import noise as noises
 
 V, D, B, K = 300, 12, 9, 6
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +28,8 @@ def compiled(function, compiler: str, **options):
     return torch.compile(function, fullgraph=True, backend=compiler, **options)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_a_compiled_loss_equals_the_eager_one(compiler, sparse, native):
     noise = noises.Unigram(torch.rand(V))
     hidden, target, seed = torch.randn(B, D), torch.randint(V, (B,)), torch.tensor([5, 6])
@@ -49,8 +49,7 @@ def test_a_compiled_loss_equals_the_eager_one(compiler, sparse, native):
         torch.testing.assert_close(got.to_dense(), want.to_dense())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_every_call_draws_new_negatives(compiler, native):
     """Two losses of one step differ, and so do two runs of one graph: no seed is baked in."""
     noise = noises.LogUniform(V)

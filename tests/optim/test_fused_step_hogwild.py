@@ -160,9 +160,11 @@ def work(rank, weight, steps):
         loss_fn(*data(1 + 2 * step + rank), seed=torch.tensor([step, rank])).backward()
         steps[rank] += 1
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     weight, steps = torch.nn.Parameter(torch.zeros(V, D)), torch.zeros(2)
     weight.share_memory_(); steps.share_memory_()
-    mp.spawn(work, (weight, steps), nprocs=2)
+    # Forked before any thread exists, so that neither imports torch again.
+    mp.start_processes(work, (weight, steps), nprocs=2, start_method="fork")
     with torch.no_grad():
         hidden, target = data(10**6)
         loss = float(loss_of(weight)(hidden, target, seed=torch.tensor([5, 5]))) / 64

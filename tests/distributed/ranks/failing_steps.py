@@ -1,9 +1,10 @@
-"""Steps in which rank 1 fails, one way after the other, each on a group of its own; the last kills it."""
+"""Steps in which rank 1 fails, in the ways that the arguments name, each on a group of its own; "dies" is the last."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -84,20 +85,30 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors, who have something to say
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     short = timedelta(seconds=TIMEOUT)
-    told: dict[str, Any] = {}
-    told["raises"] = scenario(dist.new_group(), lambda t: fail_in(t, "all_gather", out_of_memory))
-    told["raises in backward"] = scenario(
-        dist.new_group(), lambda t: fail_in(t, "reduce_scatter", out_of_memory), reduction="none"
-    )
-    told["store lost"] = scenario(dist.new_group(), lambda t: fail_in(t, "all_gather", out_of_memory), with_store=False)
-    dist.barrier()
-    told["late"] = scenario(dist.new_group(timeout=short), lambda t: time.sleep(TIMEOUT + 1))
-    dist.barrier()
-    absent, start = dist.new_group(timeout=short), time.monotonic()
-    if dist.get_rank() != 1:
-        told["absent"] = {"error": told_by(lambda: Collectives(absent)), "seconds": time.monotonic() - start}
-    dist.barrier()
-    told["dies"] = scenario(dist.new_group(), lambda t: fail_in(t, "all_gather", lambda: os._exit(3)))
+
+    def absent() -> dict[str, Any] | None:
+        group, start = dist.new_group(timeout=short), time.monotonic()
+        if dist.get_rank() == 1:
+            return None
+        return {"error": told_by(lambda: Collectives(group)), "seconds": time.monotonic() - start}
+
+    ways: dict[str, Callable[[], Any]] = {
+        "raises": lambda: scenario(dist.new_group(), lambda t: fail_in(t, "all_gather", out_of_memory)),
+        "raises in backward": lambda: scenario(
+            dist.new_group(), lambda t: fail_in(t, "reduce_scatter", out_of_memory), reduction="none"
+        ),
+        "store lost": lambda: scenario(
+            dist.new_group(), lambda t: fail_in(t, "all_gather", out_of_memory), with_store=False
+        ),
+        "late": lambda: scenario(dist.new_group(timeout=short), lambda t: time.sleep(TIMEOUT + 1)),
+        "absent": absent,
+        "dies": lambda: scenario(dist.new_group(), lambda t: fail_in(t, "all_gather", lambda: os._exit(3))),
+    }
+    told = {}
+    for name in sys.argv[1:]:
+        told[name] = ways[name]()
+        if name != "dies":
+            dist.barrier()
     report(told)
     os._exit(0)  # the default group would wait for the lost rank
 
