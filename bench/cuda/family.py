@@ -63,8 +63,8 @@ def measure_epilogue(run: Run, batch: int, columns: int) -> None:
     programs: dict[str, Callable] = {}
     for name, objective in OBJECTIVES.items():
         arguments = (
-            logits, hidden, weight, None, target, None, None, shift, None, None, None, 0.0, False, False, columns,
-            -100, *objective, True, True,
+            logits, hidden, weight, None, target, None, shift, None, None, columns, None, 0.0, False, False, -100,
+            *objective, None, True, True,
         )  # fmt: skip
         programs[name] = lambda arguments=arguments: torch.ops.nce_ext.shared_loss_(*arguments)
     times = run.stopwatch.compare(programs, 0.5)

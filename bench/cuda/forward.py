@@ -25,8 +25,9 @@ from bench.cuda.measure import DoesNotFit, free_bytes, release, require, share_r
 from bench.cuda.report import ceiling_row
 from bench.cuda.run import Job, Run
 from bench.timing import OURS
-from nce_ext import _ops
-from nce_ext._sampled import arguments as _call
+from nce_ext._ops.coo import COALESCED
+from nce_ext._sampled.arguments import validate_and_flatten
+from nce_ext._sampled.loss import inputs_of
 from nce_ext.reference import Objective
 
 GOAL, GOAL_ROW_BYTES = 0.85, 512
@@ -187,16 +188,17 @@ def in_table(program: str, case: DeviceCase, law: str) -> bool:
 
 
 def forward_operator(
-    problem: Problem, *, learns: bool = False, layout: int = _ops.COALESCED, objective: Objective | None = None
+    problem: Problem, *, learns: bool = False, layout: int = COALESCED, objective: Objective | None = None
 ):
     """The operator under nce_loss with its arguments at hand, and nothing else."""
     case, hidden, weight = problem.case, problem.hidden.detach(), problem.weight.detach()
-    call = _call.prepare(
+    call = validate_and_flatten(
         hidden, weight, problem.target, problem.noise, case.negatives, bias=None, shared=False, correction="log_kq",
         log_z=0.0, remove_hits=False, candidate_reduction="sum", positive_label="one", ignore_index=-100,
         backend="auto", negatives=None, log_q=None, seed=None, generator=None,
     )  # fmt: skip
-    arguments = (*call.operator_arguments(), *(objective or call.objective), learns, learns, layout)
+    inputs = inputs_of(call._replace(objective=objective or call.objective), grad_enabled=False)
+    arguments = inputs._replace(needs_hidden_grad=learns, needs_row_grad=learns, gradient_layout=layout)
 
     @torch.no_grad()
     def operator() -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ from rounding import assert_rounded
 
 @dataclass
 class Shared:
-    """B examples of D numbers, T targets, and U columns, of which `hits` mask some for each example."""
+    """B examples of D numbers, T targets, and U columns, of which `accidental_hits` mask some for each example."""
 
     batch: int = 3
     dim: int = 20
@@ -28,8 +28,8 @@ class Shared:
     log_z: bool = True
     log_q: bool = True
     multiplicity: bool = True
-    hits: bool = True
-    row_scale: bool = True
+    accidental_hits: bool = True
+    example_weight: bool = True
     ignored: float = 0.0
     stride: int | None = None  # of logits
     first: int = 0  # elements before them
@@ -51,12 +51,12 @@ class Shared:
         self.target_log_q = -3 * random.random(self.target.shape).astype(compute) if self.log_q else None
         self.counts = random.integers(0, 5, self.columns).astype(compute) if self.multiplicity else None
         self.ranges = None
-        if self.hits:
+        if self.accidental_hits:
             ends = np.sort(random.integers(0, self.columns + 1, (self.batch, self.targets, 2)), 2)
             short = random.random((self.batch, self.targets)) < 0.7
             ends[..., 1] = np.where(short, np.minimum(ends[..., 0] + random.integers(0, 3), self.columns), ends[..., 1])
             self.ranges = ends.astype(np.int32)
-        self.scale = number(self.batch) if self.row_scale else None
+        self.scale = number(self.batch) if self.example_weight else None
 
     def run(self, grid: int = 0, order: int = 0, **changes: Any) -> dict[str, np.ndarray]:
         """With the derivatives of the columns as "dlogit"; what lies between rows of logits must stay as it is."""
@@ -70,7 +70,8 @@ class Shared:
         arguments = {
             "logits": logits, "hidden": self.hidden, "weight": self.weight, "bias": self.bias, "target": self.target,
             "target_log_q": self.target_log_q, "log_z": self.log_z_values, "column_shift": self.shift,
-            "multiplicity": self.counts, "hits": self.ranges, "row_scale": self.scale, **self.options, **changes,
+            "multiplicity": self.counts, "accidental_hits": self.ranges, "example_weight": self.scale, **self.options,
+            **changes,
         }  # fmt: skip
         got = emulated.kernels().shared_loss(**arguments, grid=grid, order=order)
         assert (np.delete(memory, at.ravel()).view(np.uint8) == 0xFF).all()

@@ -21,7 +21,7 @@ void launch(const SharedLoss& p, Storage storage, const Launch& how) {
 // Changes the array logits.
 py::dict shared_loss(py::array logits, const py::array& hidden, const py::array& weight, const Array& bias,
                      const py::array& target, const Array& target_log_q, const Array& log_z,
-                     const py::array& column_shift, const Array& multiplicity, const Array& hits,
+                     const py::array& column_shift, const Array& multiplicity, const Array& accidental_hits,
                      const Array& example_weight, double offset, bool uniform_labels, bool mean_candidates,
                      int64_t n_draws, int64_t ignore_index, int objective, double positive_weight,
                      double label_smoothing, double temperature, bool correct_positive, bool derivatives,
@@ -55,7 +55,8 @@ py::dict shared_loss(py::array logits, const py::array& hidden, const py::array&
   }
   p.column_shift = contiguous("column_shift", column_shift, compute, {p.n_columns});
   if (multiplicity) p.multiplicity = contiguous("multiplicity", *multiplicity, compute, {p.n_columns});
-  if (hits) p.accidental_hits = contiguous<int32_t>("hits", *hits, {p.batch, p.n_targets, 2});
+  if (accidental_hits)
+    p.accidental_hits = contiguous<int32_t>("accidental_hits", *accidental_hits, {p.batch, p.n_targets, 2});
   if (example_weight) p.example_weight = contiguous("example_weight", *example_weight, compute, {p.batch});
   p.offset = offset;
   p.uniform_labels = uniform_labels;
@@ -93,7 +94,7 @@ void bind_shared_loss(py::module_& m) {
   const py::none none;
   m.def("shared_loss", &shared_loss, py::kw_only(), arg("logits"), arg("hidden"), arg("weight"), arg("bias") = none,
         arg("target"), arg("target_log_q") = none, arg("log_z") = none, arg("column_shift"), arg("multiplicity") = none,
-        arg("hits") = none, arg("example_weight") = none, arg("offset") = 0.0, arg("uniform_labels") = false,
+        arg("accidental_hits") = none, arg("example_weight") = none, arg("offset") = 0.0, arg("uniform_labels") = false,
         arg("mean_candidates") = false, arg("n_draws") = 0, arg("ignore_index") = -100, arg("objective") = 0,
         arg("positive_weight") = 1.0, arg("label_smoothing") = 0.0, arg("temperature") = 0.0,
         arg("correct_positive") = true, arg("derivatives") = true, arg("hidden_grad") = true, arg("grid") = 0,

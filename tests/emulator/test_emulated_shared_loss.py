@@ -68,7 +68,7 @@ def test_options_together(seed):
         batch=pick(1, 2, 7), dim=pick(1, 8, 65, 300), columns=pick(0, 1, 7, 64, 600, 2100, 5000),
         targets=1 if family.one_target(name) else pick(1, 2, 5, 40), dtype=pick(*DTYPES),
         with_bias=pick(False, True), log_z=pick(False, True), log_q=family.one_target(name) or pick(False, True),
-        multiplicity=pick(False, True), hits=pick(False, True), row_scale=pick(False, True),
+        multiplicity=pick(False, True), accidental_hits=pick(False, True), example_weight=pick(False, True),
         ignored=pick(0.0, 0.3, 1.0), stride=pick(None, 5003, 5004), first=pick(0, 1, 4), seed=seed, options=options,
     )  # fmt: skip
     got = problem.run()
@@ -172,7 +172,7 @@ def test_rows_of_any_stride_and_alignment(dtype):
 @pytest.mark.parametrize("columns", [40, 1500, 9000])
 def test_a_score_that_is_not_a_number_is_not_lost(name, columns):
     for column in (0, 33, columns - 1):
-        problem = Shared(columns=columns, multiplicity=False, hits=False, options=OBJECTIVES[name])
+        problem = Shared(columns=columns, multiplicity=False, accidental_hits=False, options=OBJECTIVES[name])
         problem.logits[1, column] = np.nan
         assert np.array_equal(np.isnan(problem.run()["loss"]), [False, True, False])
 
@@ -181,7 +181,9 @@ def test_a_score_that_is_not_a_number_is_not_lost(name, columns):
 @pytest.mark.parametrize("columns", [12, 9000])
 def test_scores_that_overflow(name, columns):
     """Infinite scores stand for the largest number: the loss is large, and no derivative is NaN."""
-    problem = Shared(columns=columns, multiplicity=False, hits=False, row_scale=False, options=OBJECTIVES[name])
+    problem = Shared(
+        columns=columns, multiplicity=False, accidental_hits=False, example_weight=False, options=OBJECTIVES[name]
+    )
     problem.logits[0, 3] = -np.inf
     problem.logits[1, 3] = np.inf
     problem.logits[2] = -np.inf
