@@ -6,7 +6,7 @@
 #pragma once
 
 #include "objective.h"
-#include "sampled_loss.h"
+#include "objective_options.h"
 
 namespace nce {
 

@@ -25,24 +25,6 @@ struct LabelArguments {
   using Fields = TypeList<bool, bool, int64_t>;
 };
 
-struct ObjectiveArguments {
-  int64_t objective;
-  double positive_weight, label_smoothing, temperature;
-  bool correct_positive;
-  using Fields = TypeList<int64_t, double, double, double, bool>;
-};
-
-inline Objective objective_of(const ObjectiveArguments& a) {
-  STD_TORCH_CHECK(a.objective >= 0 && a.objective <= 2, "objective must be 0, 1 or 2, got ", a.objective);
-  STD_TORCH_CHECK(a.label_smoothing >= 0 && a.label_smoothing <= 1, "label_smoothing must be in 0 .. 1, got ",
-                  a.label_smoothing);
-  STD_TORCH_CHECK(a.temperature >= 0, "temperature must be >= 0, got ", a.temperature);
-  const auto kind = static_cast<ObjectiveKind>(a.objective);
-  STD_TORCH_CHECK(a.correct_positive || kind == ObjectiveKind::kSoftmax,
-                  "correct_positive must be True but for the softmax objective");
-  return Objective{kind, a.positive_weight, a.label_smoothing, a.temperature, a.correct_positive};
-}
-
 // Data of a contiguous tensor of that type and shape, or null if there is none.
 inline const void* contiguous_data(const char* name, const std::optional<Tensor>& t, ScalarType type,
                                    std::initializer_list<int64_t> shape, const Tensor& like) {
@@ -93,6 +75,8 @@ inline Storage fill_operands(LossOperands& p, const OperandArguments& operands,
   p.uniform_labels = labels.uniform_labels;
   p.mean_candidates = labels.mean_candidates;
   p.ignore_index = labels.ignore_index;
+  const std::string refusal = refusal_of(objective);
+  STD_TORCH_CHECK(refusal.empty(), refusal);
   p.objective = objective_of(objective);
   STD_TORCH_CHECK(p.objective.kind == ObjectiveKind::kBinary || !p.mean_candidates,
                   "mean_candidates must be False but for the binary objective");

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "noise.h"
+#include "objective_options.h"
 #include "philox.h"
 
 namespace nce {
@@ -11,16 +12,6 @@ namespace nce {
 enum class Storage : int32_t { kFloat = 0, kBFloat16 = 1, kHalf = 2, kDouble = 3 };
 
 NCE_HD int bytes_of(Storage storage) { return storage == Storage::kDouble ? 8 : storage == Storage::kFloat ? 4 : 2; }
-
-enum class ObjectiveKind : int32_t { kBinary = 0, kSoftmax = 1, kAdversarial = 2 };
-
-struct Objective {
-  ObjectiveKind kind;
-  double positive_weight;  // kBinary, kAdversarial: factor of the targets' terms
-  double label_smoothing;  // kSoftmax
-  double temperature;      // kAdversarial
-  bool correct_positive;   // kSoftmax: whether log q is subtracted from the target's score too
-};
 
 // What every loss of rows of a table takes. Pointers to "compute" values are to float, or to double if the weight is
 // stored as double.

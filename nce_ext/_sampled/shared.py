@@ -143,6 +143,7 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if needs_rows:
         out.classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
 
+    options = {name: value for name, value in inputs._asdict().items() if name in SharedEpilogueInputs._fields}
     size = max(1, min(batch, CHUNK_BYTES[hidden.device.type] // (max(n, 1) * shift.element_size())))
     for begin in range(0, batch, size):
         chunk = slice(begin, min(begin + size, batch))
@@ -150,13 +151,22 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
         logits = product_in(compute, x, rows)
         made = shared_loss_(
             SharedEpilogueInputs(
-                logits, hidden[chunk], weight, inputs.bias, target[chunk], _part(inputs.log_z, chunk), shift,
-                multiplicity, _part(accidental_hits, chunk), columns.n_draws, target_log_q[chunk], inputs.offset,
-                inputs.uniform_labels, inputs.mean_candidates, inputs.ignore_index, inputs.objective,
-                inputs.positive_weight, inputs.label_smoothing, inputs.temperature, inputs.correct_positive,
-                _part(example_weight, chunk), needs_derivatives, inputs.needs_hidden_grad,
+                **{
+                    **options,
+                    "logits": logits,
+                    "hidden": hidden[chunk],
+                    "target": target[chunk],
+                    "target_log_q": target_log_q[chunk],
+                    "log_z": _part(inputs.log_z, chunk),
+                    "column_shift": shift,
+                    "multiplicity": multiplicity,
+                    "accidental_hits": _part(accidental_hits, chunk),
+                    "n_draws": columns.n_draws,
+                    "example_weight": _part(example_weight, chunk),
+                    "needs_derivatives": needs_derivatives,
+                }
             )
-        )  # fmt: skip
+        )
         out.loss[chunk] = made.loss
         if not needs_derivatives:
             continue
