@@ -12,7 +12,8 @@ from nce_ext import _checks, _warnings, reference
 from nce_ext._ops.coo import DENSE, made_coalesced
 from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._sampled import shared
-from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments, validate_and_flatten
+from nce_ext._sampled.arguments import validate_and_flatten
+from nce_ext._sampled.call import Call, log_q_of, objective_arguments
 from nce_ext.noise import Noise
 
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes

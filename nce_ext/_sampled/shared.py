@@ -25,7 +25,7 @@ from nce_ext._ops.shared_loss import (
     shared_loss,
     shared_loss_,
 )
-from nce_ext._sampled.arguments import Call, log_q_of, objective_arguments
+from nce_ext._sampled.call import Call, log_q_of, objective_arguments
 from nce_ext.reference.dtypes import compute_dtype
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext._sampled.arguments import Call, known_ids
+from nce_ext._sampled.call import Call, known_ids
 from nce_ext._sampled.shared import SharedColumns
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.reference import Objective

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from nce_ext import _checks, _private_torch
 from nce_ext._checks import describe
 from nce_ext._ops.coo import DENSE, made_coalesced
-from nce_ext._sampled.arguments import Call, validate_and_flatten
+from nce_ext._sampled.arguments import validate_and_flatten
+from nce_ext._sampled.call import Call
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.distributed.vocab_parallel.batch import OwnedRows, gather_examples

@@ -1,0 +1,109 @@
+"""A validated call of a sampled loss: its arguments in groups, so that a function takes the group that it needs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nce_ext.noise import Noise
+from nce_ext.reference import Objective
+from nce_ext.reference.dtypes import compute_dtype
+
+
+class Operands(NamedTuple):
+    """Tensors with one entry an example, and the table of classes."""
+
+    hidden: Tensor  # [B, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    target: Tensor  # [B, T]
+    log_z: Tensor | None  # [B]; a number has become part of Correction.offset
+
+    @property
+    def host_weight(self) -> bool:
+        """Whether weight and bias are in host memory, and all else on a GPU."""
+        return self.weight.device != self.hidden.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of scores, losses and their derivatives."""
+        return compute_dtype(self.weight.dtype)
+
+
+class Candidates(NamedTuple):
+    """Where an example's negatives come from."""
+
+    noise: Noise
+    seed: Tensor | None  # draws them where ids are None
+    ids: Tensor | None  # those that are known: [B, k], or [1, k] for all examples
+    k: int
+    negatives_shared: bool  # ids are for all examples, however many there are
+    distinct: bool  # of equal ids, one counts
+    remove_hits: bool
+
+
+class Correction(NamedTuple):
+    """What is subtracted from a score besides log_z."""
+
+    subtract_log_q: bool
+    target_log_q: Tensor | None  # [B, T]; None: the noise's
+    negative_log_q: Tensor | None  # as Candidates.ids; None: the noise's
+    offset: float
+
+
+class Labels(NamedTuple):
+    """What the targets' labels are, and what a loss is divided by."""
+
+    uniform_labels: bool
+    mean_candidates: bool
+    ignore_index: int
+
+
+class Layout(NamedTuple):
+    """What becomes of the result."""
+
+    batch_shape: torch.Size  # the sizes that were flattened to B
+    fused: bool
+    gradient_layout: int
+
+
+class Call(NamedTuple):
+    """Validated arguments of a sampled loss, flattened to one entry an example."""
+
+    operands: Operands
+    candidates: Candidates
+    correction: Correction
+    labels: Labels
+    objective: Objective
+    layout: Layout
+
+    @property
+    def shared(self) -> bool:
+        """Whether all examples have the same negatives, with the same log q."""
+        log_q, candidates = self.correction.negative_log_q, self.candidates
+        one_log_q = log_q is None or log_q.shape[0] == 1
+        return candidates.ids is not None and candidates.negatives_shared and one_log_q
+
+
+def log_q_of(call: Call, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Look up log q of the targets and of the negatives ``ids``: as given, else the noise's; None where not wanted."""
+    correction, noise = call.correction, call.candidates.noise
+    if not correction.subtract_log_q or correction.target_log_q is not None:
+        return correction.target_log_q, correction.negative_log_q
+    target = call.operands.target
+    return noise.log_prob(known_ids(noise, target)), noise.log_prob(known_ids(noise, ids))
+
+
+def objective_arguments(objective: Objective) -> dict[str, Any]:
+    """Name an objective's numbers as the schemas of the losses do."""
+    return {
+        "objective": objective.kind,
+        **{name: value for name, value in objective._asdict().items() if name != "kind"},
+    }
+
+
+def known_ids(noise: Noise, ids: Tensor) -> Tensor:
+    """Replace what is no class by 0: ignored and bad ids, which are masked later."""
+    return torch.where((ids >= 0) & (ids < noise.n_classes), ids, 0)
