@@ -17,8 +17,13 @@ __all__ = ["OutputLayer", "nll", "perplexity", "topk"]
 class OutputLayer(Protocol):
     """Output layer of a model: ``NCELoss``, ``nn.Linear``, or anything else with a weight and a bias."""
 
-    weight: Tensor
-    bias: Tensor | None
+    @property
+    def weight(self) -> Tensor:
+        """Rows of all classes, [V, D]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """An element a class, [V], or None."""
 
 
 @torch.no_grad()
