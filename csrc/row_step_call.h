@@ -122,7 +122,7 @@ void row_step_(Tensor weight, std::optional<Tensor> classes, Tensor gradient, st
                double dampening, double beta1, double beta2, double eps, bool nesterov, bool maximize) {
   const RowStep p = prepare_row_step(
       weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
+      {rule_of(rule), step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps, nesterov, maximize});
   kRun(prepare_row_step_call(p, weight, classes, gradient));
 }
 
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> row_grad_step_(Tensor ids, Tensor dlogit, Tensor grad
                                           bool maximize) {
   const RowStep p = prepare_row_step(
       weight, {first, second, row_steps, decayed, master}, gradient_scale, seed,
-      {rule_of(rule), nesterov, maximize, step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps});
+      {rule_of(rule), step, rate, weight_decay, log_decay, momentum, dampening, beta1, beta2, eps, nesterov, maximize});
   check_device("weight", weight, hidden);
   STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have ", p.dim, " columns, got shape ", shape_of(hidden));
   STD_TORCH_CHECK(hidden.size(1) == p.dim, "hidden must have ", p.dim, " columns, got ", hidden.size(1));
