@@ -21,15 +21,17 @@ namespace nce {
 
 enum class StepRule : int32_t { kSgd = 0, kAdagrad = 1, kRowwiseAdagrad = 2, kAdam = 3 };
 
-// What a step takes besides tensors. momentum, dampening and nesterov are SGD's, beta1 and beta2 Adam's.
+// What a step takes besides tensors, in the order of the operators' arguments. A rule reads those that it has.
 struct Hyperparameters {
   StepRule rule;
+  int64_t step;                // number of the step, from 1
+  double rate;                 // learning rate
+  double weight_decay;         // coupled: added to the gradient, times the weight
+  double log_decay;            // decoupled: sum of log(factor of the weight) over all steps so far
+  double momentum, dampening;  // SGD's, as nesterov is
+  double beta1, beta2;         // Adam's
+  double eps;
   bool nesterov, maximize;
-  int64_t step;         // of the optimizer, from 1
-  double rate;          // learning rate
-  double weight_decay;  // coupled: added to the gradient, times the weight
-  double log_decay;     // decoupled: sum over all steps of log(factor of the weight)
-  double momentum, dampening, beta1, beta2, eps;
 };
 
 // A step on rows of one table. "compute" is float, or double if the weight is stored as double. State rows lie `dim`

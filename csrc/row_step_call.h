@@ -40,8 +40,6 @@ inline void* state_of(const char* name, const std::optional<Tensor>& t, bool wan
 inline Hyperparameters hyperparameters_of(const HyperparameterArguments& a) {
   STD_TORCH_CHECK(a.rule >= 0 && a.rule <= 3, "rule must be 0, 1, 2 or 3, got ", a.rule);
   return {static_cast<StepRule>(a.rule),
-          a.nesterov,
-          a.maximize,
           a.step,
           a.rate,
           a.weight_decay,
@@ -50,7 +48,9 @@ inline Hyperparameters hyperparameters_of(const HyperparameterArguments& a) {
           a.dampening,
           a.beta1,
           a.beta2,
-          a.eps};
+          a.eps,
+          a.nesterov,
+          a.maximize};
 }
 
 inline RowStep prepare_row_step(const Tensor& weight, const StateArguments& state,
