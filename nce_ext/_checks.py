@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nce_ext._ops import library as _library
+from nce_ext._ops import library
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -154,7 +154,7 @@ def values_are_checked(device: torch.device) -> bool:
 
     Elsewhere a check would have to wait for the device. While tracing there are no values.
     """
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or _library.debug_enabled())
+    return not torch.compiler.is_compiling() and (device.type == "cpu" or library.debug_enabled())
 
 
 def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nce_ext._checks import describe
-from nce_ext._ops import library as _library
-from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
+from nce_ext._ops import library
+from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss, pairwise
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import losses as contrastive
-from nce_ext.contrastive import pairwise as _pairwise
 from nce_ext.distributed.collectives import Collectives
 
 __all__ = ["GatheredLoss", "gather", "gather_rows"]
@@ -133,7 +132,7 @@ class GatheredLoss(nn.Module):
                 dtypes, the optional arguments, what requires a gradient, ``negatives``, the loss's options.
             RuntimeError: a rank is missing, or failed later on; see the message. No gradient has changed.
         """
-        c, data = self.collectives, _pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
+        c, data = self.collectives, pairwise.Data(ids, negative_ids, negative_mask, log_q, negative_log_q, None)
         with c.step():
             directions, options = self._prepare_own(query, key, negatives, data, query_log_q)
             sizes = c.sizes(query.shape[0], **self._must_agree(query, key, negatives, data, query_log_q))
@@ -153,8 +152,8 @@ class GatheredLoss(nn.Module):
         return f"rank={self.collectives.rank}, size={self.collectives.size}, ddp={self.ddp}"
 
     def _prepare_own(
-        self, query: Tensor, key: Tensor, negatives: Tensor | None, data: _pairwise.Data, query_log_q: Tensor | None
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, _pairwise.Data]], _pairwise.Options]:
+        self, query: Tensor, key: Tensor, negatives: Tensor | None, data: pairwise.Data, query_log_q: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor | None, pairwise.Data]], pairwise.Options]:
         """Check and prepare this rank's own arguments as the wrapped loss does.
 
         Returns:
@@ -169,7 +168,7 @@ class GatheredLoss(nn.Module):
                 raise ValueError(f"{name} must be None with a SigmoidContrastiveLoss, got {describe(value)}")
         _arguments.check(query, key, negatives, data, True)
         prepared = contrastive._prepared(loss_fn.normalize, query, key, negatives)
-        return [(*prepared, data)], _pairwise.Options(True, True, 0.0, total, grad_enabled, loss_fn.max_logits)
+        return [(*prepared, data)], pairwise.Options(True, True, 0.0, total, grad_enabled, loss_fn.max_logits)
 
     def _scale_and_bias(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what logits are multiplied by, and what is added to them if the loss has such."""
@@ -185,7 +184,7 @@ class GatheredLoss(nn.Module):
         query: Tensor,
         key: Tensor,
         negatives: Tensor | None,
-        data: _pairwise.Data,
+        data: pairwise.Data,
         query_log_q: Tensor | None,
     ) -> dict[str, int | str | tuple[int, ...]]:
         """Collect what must be the same on all ranks, by the names that a refusal gives it."""
@@ -203,7 +202,7 @@ class GatheredLoss(nn.Module):
         if negatives is not None:
             common["the shape of negatives"] = tuple(negatives.shape)
             common.update(_dtypes(negatives=negatives))
-        if query.device.type == "cpu" or _library.debug_enabled():
+        if query.device.type == "cpu" or library.debug_enabled():
             common["loss_fn"] = f"{type(self.loss_fn).__name__}({self.loss_fn.extra_repr()})"
             for name in ("negatives", "negative_ids", "negative_mask", "negative_log_q"):
                 if name in tensors:
@@ -211,7 +210,7 @@ class GatheredLoss(nn.Module):
         return common
 
     @torch.no_grad()
-    def _gather_columns(self, others: _OtherRanks, vectors: Tensor, own: _pairwise.Data) -> _OtherColumns:
+    def _gather_columns(self, others: _OtherRanks, vectors: Tensor, own: pairwise.Data) -> _OtherColumns:
         """Gather the other ranks' columns of one direction, which then count as explicit negatives before any others.
 
         Args:
@@ -226,7 +225,7 @@ class GatheredLoss(nn.Module):
         # Explicit negatives without ids have no place in these, and none of them is then masked by its id.
         column_ids = None if ids is None else _prepended(others.gather(ids), own.negative_ids)
         column_log_q = None if log_q is None else _prepended(others.gather(log_q), own.negative_log_q)
-        return _OtherColumns(vectors, _pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
+        return _OtherColumns(vectors, pairwise.Data(ids, column_ids, own.negative_mask, log_q, column_log_q, None))
 
 
 class _OtherRanks:
@@ -253,7 +252,7 @@ class _OtherColumns(NamedTuple):
     """Columns of one direction that other ranks own."""
 
     others: Tensor  # their vectors, [sum of the others' n, D]
-    data: _pairwise.Data  # of these, of this rank's own columns and of explicit negatives
+    data: pairwise.Data  # of these, of this rank's own columns and of explicit negatives
 
 
 class _GatheredCall(NamedTuple):
@@ -261,7 +260,7 @@ class _GatheredCall(NamedTuple):
 
     others: _OtherRanks
     columns: list[_OtherColumns]  # of query against keys and, if symmetric, of key against queries
-    options: _pairwise.Options
+    options: pairwise.Options
     factor: int  # by which the gradients of query and key are multiplied
 
 
@@ -333,11 +332,11 @@ def _sweep_directions(
         extra = others if explicit is None else torch.cat([others, explicit])
         needed = (needs_queries, needs_keys, needs_keys or (needs_negatives and i == 0), needs_scale, needs_bias)
         weight = upstream / len(call.columns)
-        loss, g = _pairwise.sweep((queries, keys, extra, scale, bias), data, call.options, needed, weight)
+        loss, g = pairwise.sweep((queries, keys, extra, scale, bias), data, call.options, needed, weight)
         losses.append(loss)
         parts.append(g)
 
-    first, back = parts[0], parts[1] if len(parts) > 1 else _pairwise.Gradients(None, None, None, None, None)
+    first, back = parts[0], parts[1] if len(parts) > 1 else pairwise.Gradients(None, None, None, None, None)
     of_query, of_key = _add_given(first.query, back.key), _add_given(first.key, back.query)
     others_keys, of_negatives, others_queries = first.negatives, None, back.negatives
     if others_keys is not None:

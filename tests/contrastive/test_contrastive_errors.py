@@ -10,9 +10,8 @@ import torch
 from refusals import assert_tested, messages, parametrized
 
 from nce_ext import contrastive
-from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss
-from nce_ext.contrastive import memory as _queue
-from nce_ext.contrastive import pairwise as _pairwise
+from nce_ext.contrastive import CrossBatchMemory, InfoNCELoss, SigmoidContrastiveLoss, pairwise
+from nce_ext.contrastive import memory as _memory
 
 B, D, K = 4, 3, 2
 
@@ -297,4 +296,4 @@ def test_every_refusal_in_the_source_is_tested():
         test_options_of_info_nce, test_options_of_siglip, test_enqueue_changes_nothing_when_it_refuses,
         test_sizes_of_the_memory,
     )  # fmt: skip
-    assert_tested([contrastive, _pairwise, _queue], messages(VECTORS, DATA, without_table, of_the_bound))
+    assert_tested([contrastive, pairwise, _memory], messages(VECTORS, DATA, without_table, of_the_bound))

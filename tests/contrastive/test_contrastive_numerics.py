@@ -12,8 +12,7 @@ from tolerances import as_float64, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss
-from nce_ext.contrastive import arguments as _arguments
+from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss, arguments
 
 HALVES = [torch.bfloat16, torch.float16]
 LOSSES = {
@@ -223,7 +222,7 @@ def test_autocast_changes_nothing(name, reduction):
 
 def test_values_that_cannot_be_checked(monkeypatch):
     """As on CUDA, where looking would wait: NaN where the loss has no meaning, and no gradient from there."""
-    monkeypatch.setattr(_arguments, "check_values", lambda *a: None)
+    monkeypatch.setattr(arguments, "check_values", lambda *a: None)
     operands = vectors(6, 4, 3)
     leaves = list(operands.values())
     for reduction in ("sum", "none"):

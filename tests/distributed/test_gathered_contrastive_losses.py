@@ -13,7 +13,7 @@ from tolerances import as_float64, assert_close
 from torchrun import torchrun
 
 from nce_ext.contrastive import InfoNCELoss
-from nce_ext.distributed import gathered as _gathered
+from nce_ext.distributed import gathered
 from nce_ext.distributed.gathered import gather
 
 
@@ -174,4 +174,4 @@ def test_options(arguments, options, error, message):
 
 
 def test_every_refusal_in_the_source_is_tested():
-    assert_tested([_gathered], [*messages(parametrized(test_options)), "rows must be a tensor"])
+    assert_tested([gathered], [*messages(parametrized(test_options)), "rows must be a tensor"])

@@ -14,8 +14,7 @@ from tolerances import assert_close
 from torchrun import torchrun
 
 import nce_ext
-from nce_ext.distributed import RowSparseDDP
-from nce_ext.distributed import ddp as _ddp
+from nce_ext.distributed import RowSparseDDP, ddp
 
 WORLDS = [1, 2, 3]
 
@@ -152,4 +151,4 @@ def test_a_fused_loss_is_refused():
 
 def test_every_refusal_in_the_source_is_tested():
     tested = ["module must hold no loss with", "parameters must be tensors", "parameters must have row-sparse"]
-    assert_tested([_ddp], tested)
+    assert_tested([ddp], tested)

@@ -14,7 +14,7 @@ from refusals import assert_tested, messages
 import nce_ext
 from nce_ext import evaluate
 from nce_ext import noise as noises
-from nce_ext.evaluate import diagnosis as _diagnose
+from nce_ext.evaluate import diagnosis as _diagnosis
 
 V, D, N, K = 11, 3, 6, 4
 F64 = torch.float64
@@ -380,4 +380,4 @@ def test_refusals(name):
 
 
 def test_every_refusal_in_the_source_is_tested():
-    assert_tested([_diagnose], messages(REFUSALS))
+    assert_tested([_diagnosis], messages(REFUSALS))

@@ -15,7 +15,7 @@ from test_objective_errors import REFUSALS as OF_OBJECTIVES
 import nce_ext
 from nce_ext import _checks, functional, losses
 from nce_ext import noise as noises
-from nce_ext._sampled import arguments as _call
+from nce_ext._sampled import arguments
 from nce_ext._sampled import loss as _sampled
 
 CONSTRUCTOR = {
@@ -60,11 +60,11 @@ def test_every_refusal_in_the_source_is_tested():
     ]
     elsewhere += ["ids must be", "dtype must be torch.float32 or", "counts must", "trials must"]  # tests/noise
     tables = messages(REFUSALS, CONSTRUCTOR, OF_HOGWILD, OF_OBJECTIVES, SOFTMAX_MODULE, AT_THE_CALL)
-    assert_tested([functional, _call, _sampled, losses, _checks], [*tables, *elsewhere])
+    assert_tested([functional, arguments, _sampled, losses, _checks], [*tables, *elsewhere])
 
 
 def test_refusals_are_found_in_the_source():
-    found = refusals_of(_call)
+    found = refusals_of(arguments)
     assert len(found) > 30
     assert "calibration must" in found
     assert any(message.startswith("unique must be False with negatives") for message in found)

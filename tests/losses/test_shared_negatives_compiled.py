@@ -12,7 +12,7 @@ from test_shared_negatives import PARTS, case_of
 
 import nce_ext
 from nce_ext import noise as noises
-from nce_ext._sampled import shared as _shared
+from nce_ext._sampled import shared
 
 
 @pytest.mark.parametrize("name", ["nce", "adversarial", "smoothed"])
@@ -20,7 +20,7 @@ from nce_ext._sampled import shared as _shared
 @pytest.mark.parametrize("works", [False, True])
 def test_autocast_changes_nothing(name, reduction, works, monkeypatch, native):
     """Neither in the forward pass nor, where the backward pass is under it too, there."""
-    monkeypatch.setattr(_shared, "_one_dnn_works", lambda: works)
+    monkeypatch.setattr(shared, "_one_dnn_works", lambda: works)
     case = case_of(name, dtype=torch.float32, options={"shared": True, "reduction": reduction})
     plain = run(name, case, "fused")
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -11,7 +11,7 @@ import torch
 
 from nce_ext import noise as noises
 from nce_ext import reference
-from nce_ext.noise import laws as _laws
+from nce_ext.noise import laws
 
 SEED = torch.tensor([0x0123456789ABCDEF, -0x0FEDCBA987654321])
 DATA = np.load(Path(__file__).parents[1] / "data" / "tf_candidate_sampling.npz")
@@ -152,9 +152,7 @@ def test_distinct_ids_in_order_of_first_appearance(name, k):
 
 def test_distinct_ids_of_both_backends(native, monkeypatch):
     fused = {name: noise.sample_distinct(17, seed=SEED) for name, noise in LAWS.items()}
-    monkeypatch.setattr(
-        _laws, "sample", lambda seed, table, kind, n, *size: reference.draw(kind, n, table, seed, *size)
-    )
+    monkeypatch.setattr(laws, "sample", lambda seed, table, kind, n, *size: reference.draw(kind, n, table, seed, *size))
     for name, (ids, trials) in fused.items():
         again, count = LAWS[name].sample_distinct(17, seed=SEED)
         assert torch.equal(again, ids)
@@ -309,7 +307,7 @@ def test_bad_numbers_of_distinct_ids_are_refused(noise, k, error, message):
 
 
 def test_too_improbable_classes_are_refused(monkeypatch):
-    monkeypatch.setattr(_laws, "_DRAWS", 1000)
+    monkeypatch.setattr(laws, "_DRAWS", 1000)
     with pytest.raises(
         RuntimeError, match=r"found 2 different ids in 1000 draws, not 3: the others are too improbable"
     ):

@@ -20,7 +20,7 @@ from row_step_arguments import (
 )
 from tolerances import assert_close
 
-from nce_ext.reference import row_step as _row_step
+from nce_ext.reference import row_step
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -32,9 +32,9 @@ HYPERPARAMETERS = (
 
 
 def step_of_twin(arguments: dict) -> None:
-    state = _row_step.RowState(*(arguments[key] for key in STATE))
-    hyperparameters = _row_step.Hyperparameters(*(arguments[key] for key in HYPERPARAMETERS))
-    _row_step.row_step_(
+    state = row_step.RowState(*(arguments[key] for key in STATE))
+    hyperparameters = row_step.Hyperparameters(*(arguments[key] for key in HYPERPARAMETERS))
+    row_step.row_step_(
         arguments["weight"], arguments["classes"], arguments["gradient"], state, hyperparameters,
         arguments["gradient_scale"], arguments["seed"],
     )  # fmt: skip
@@ -158,7 +158,7 @@ def test_row_grad_step_on_narrow_rows(dtype, extra):
     fused_step(pairs, arguments)
     rounded = wide["weight"].to(dtype)
     if extra == "seed":
-        rounded[classes] = _row_step.round_at_random(wide["weight"][classes], classes, SEED, dtype).to(dtype)
+        rounded[classes] = row_step.round_at_random(wide["weight"][classes], classes, SEED, dtype).to(dtype)
     assert torch.equal(arguments["weight"], rounded)
     for key in ("first", "second", "row_steps", "decayed"):
         assert_same(arguments[key], wide[key])

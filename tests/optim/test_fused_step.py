@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nce_ext import optim
-from nce_ext._ops import library as _library
+from nce_ext._ops import library
 
 NAMES = ["nce", "negative sampling", "adversarial", "softmax"]
 OPTIMIZERS = [
@@ -205,7 +205,7 @@ def test_accumulation(optimizer, options):
             assert not torch.equal(before, twins.fused.weight)
             before = twins.fused.weight.detach().clone()
             twins.step_plain()
-        elif options == {} and _library.fused_available(torch.device("cpu")):
+        elif options == {} and library.fused_available(torch.device("cpu")):
             assert torch.equal(before, twins.fused.weight)
             assert all(p.grad is None for p in rows_of(twins.fused))
     twins.handle.step()

@@ -13,8 +13,8 @@ from optim_cases import BF16, F64, assert_same, make, snapshot
 from refusals import assert_tested, messages
 
 from nce_ext import optim
-from nce_ext._ops import library as _library
-from nce_ext.optim import fused_step as _fused_step
+from nce_ext._ops import library
+from nce_ext.optim import fused_step
 
 WAYS = [{}, {"shared": True}, {"backend": "reference"}]
 WORLD = object()  # stands for a process group, which a refusal does not look into
@@ -318,7 +318,7 @@ def test_unfused(options):
     case = Case(dtype=F64)
     twins = Twins("nce", case, fuse={"accumulate": 2}, **options)
     before = snapshot(twins.optimizers[0])
-    if "backend" not in options and "shared" not in options and _library.fused_available(torch.device("cpu")):
+    if "backend" not in options and "shared" not in options and library.fused_available(torch.device("cpu")):
         twins.backward(0, case.hidden, case.target)
     twins.fused.unfuse_optimizer()
     assert_same(before, snapshot(twins.optimizers[0]))
@@ -337,4 +337,4 @@ def test_every_refusal_in_the_source_is_tested():
         "weight must be on hidden's device",  # test_hidden_on_another_device, test_pinned_table
         "optimizer must have the loss's",  # test_the_optimizer_must_have_the_parameters
     ]
-    assert_tested([_fused_step], [*messages(OF_FUSE, AT_THE_CALL), *elsewhere])
+    assert_tested([fused_step], [*messages(OF_FUSE, AT_THE_CALL), *elsewhere])

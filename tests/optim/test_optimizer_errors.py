@@ -11,7 +11,7 @@ from refusals import assert_tested, messages
 from test_optimizer_state import parameters, train
 
 from nce_ext import optim
-from nce_ext.optim import row_optimizer as _row_optimizer
+from nce_ext.optim import row_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -123,4 +123,4 @@ def test_refused_steps_change_nothing(name, rule):
 
 
 def test_every_refusal_in_the_source_is_tested():
-    assert_tested([optim, _row_optimizer], messages(OPTIONS, REFUSALS))
+    assert_tested([optim, row_optimizer], messages(OPTIONS, REFUSALS))

@@ -10,7 +10,7 @@ import torch
 from optim_cases import ALL, BF16, F16, F32, assert_same, make, parameter, random_gradient, sparse, use
 
 from nce_ext import optim
-from nce_ext.reference import row_step as _row_step
+from nce_ext.reference import row_step
 
 NARROW = (BF16, F16)
 
@@ -106,7 +106,7 @@ def test_random_rounding_is_to_a_neighbour_by_the_bits_of_the_seed(name, dtype, 
         nearest += int((p == wide.to(dtype)).sum())
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), generator=seeds)
         rows = torch.tensor(touched)
-        wanted = _row_step.round_at_random(wide.detach().view(7, -1)[rows], rows, seed, dtype).to(dtype)
+        wanted = row_step.round_at_random(wide.detach().view(7, -1)[rows], rows, seed, dtype).to(dtype)
         assert torch.equal(p.view(7, -1)[rows], wanted)
         untouched = [row for row in range(7) if row not in touched]
         assert torch.equal(p[untouched], before[untouched])
@@ -141,7 +141,7 @@ def test_random_rounding_has_the_right_mean(dtype):
     rows, ups, seeds = torch.arange(1000), 0, generator()
     for _ in range(40):
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), generator=seeds)
-        got = _row_step.round_at_random(exact.expand(len(rows), -1), rows, seed, dtype).to(dtype).double().numpy()
+        got = row_step.round_at_random(exact.expand(len(rows), -1), rows, seed, dtype).to(dtype).double().numpy()
         got = np.clip(got, -65536, 65536) if dtype == F16 else got
         assert np.all((got == below) | (got == above))
         ups = ups + (got == above).sum(0)

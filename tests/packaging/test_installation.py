@@ -16,8 +16,8 @@ import torch
 from native import require_native
 
 import nce_ext
-from nce_ext._ops import library as _library
-from nce_ext._sampled import arguments as _call
+from nce_ext._ops import library
+from nce_ext._sampled import arguments
 
 PACKAGE = Path(nce_ext.__file__).parent
 
@@ -136,11 +136,11 @@ def test_reasons_for_missing_cuda_kernels(monkeypatch):
         def fail(name):
             raise error
 
-        monkeypatch.setattr(_library.importlib, "import_module", fail)
-        return _library._load_cuda(None)
+        monkeypatch.setattr(library.importlib, "import_module", fail)
+        return library._load_cuda(None)
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "nce_ext._C: switched off" in _library._load_cuda("switched off")
+    assert "nce_ext._C: switched off" in library._load_cuda("switched off")
     not_built = refuse(ModuleNotFoundError("No module named 'nce_ext._C_cuda'"))
     not_loaded = refuse(ImportError("libcudart.so.12: cannot open shared object file"))
     assert "was not built" in not_built
@@ -149,7 +149,7 @@ def test_reasons_for_missing_cuda_kernels(monkeypatch):
         assert "NCE_EXT_CUDA=1 pip install" in reason
         assert "CUDA 13 toolkit" in reason
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert f"torch {torch.__version__} is a build without CUDA" in _library._load_cuda(None)
+    assert f"torch {torch.__version__} is a build without CUDA" in library._load_cuda(None)
 
 
 def test_a_broken_cuda_module_leaves_the_cpu_whole(native, tmp_path):
@@ -167,33 +167,33 @@ def test_a_broken_cuda_module_leaves_the_cpu_whole(native, tmp_path):
 
 def test_the_reference_on_a_gpu_is_warned_of_once(monkeypatch):
     cuda = torch.device("cuda")
-    monkeypatch.setattr(_library, "_has_cuda", False)
-    monkeypatch.setitem(_library._missing, "fused (cuda)", "the reason")
+    monkeypatch.setattr(library, "_has_cuda", False)
+    monkeypatch.setitem(library._missing, "fused (cuda)", "the reason")
 
     @torch.compile(fullgraph=True, backend="eager")
     def compiled(x):
-        return x + _call._choose_backend("auto", cuda, 8)
+        return x + arguments._choose_backend("auto", cuda, 8)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        _call._choose_backend("auto", torch.device("cpu"), 8)
-        _call._choose_backend("reference", cuda, 8)
+        arguments._choose_backend("auto", torch.device("cpu"), 8)
+        arguments._choose_backend("reference", cuda, 8)
         compiled(torch.zeros(1))
     with pytest.warns(RuntimeWarning, match=r"reference backend for tensors on cuda.*the reason.*backend='reference'"):
-        assert not _call._choose_backend("auto", cuda, 8)
+        assert not arguments._choose_backend("auto", cuda, 8)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert not _call._choose_backend("auto", cuda, 8)
+        assert not arguments._choose_backend("auto", cuda, 8)
     with pytest.raises(RuntimeError, match="not available for cuda: the reason"):
-        _call._choose_backend("fused", cuda, 8)
-    monkeypatch.setattr(_library, "_has_cuda", True)
-    assert _call._choose_backend("auto", cuda, 8)
-    assert _call._choose_backend("auto", cuda, _call.CUDA_MAX_DIM)
-    assert not _call._choose_backend("reference", cuda, _call.CUDA_MAX_DIM + 1)
+        arguments._choose_backend("fused", cuda, 8)
+    monkeypatch.setattr(library, "_has_cuda", True)
+    assert arguments._choose_backend("auto", cuda, 8)
+    assert arguments._choose_backend("auto", cuda, arguments.CUDA_MAX_DIM)
+    assert not arguments._choose_backend("reference", cuda, arguments.CUDA_MAX_DIM + 1)
     with pytest.raises(
         ValueError, match=r"weight must have at most 16384 columns for the CUDA kernels, got 16385; back"
     ):
-        _call._choose_backend("auto", cuda, _call.CUDA_MAX_DIM + 1)
+        arguments._choose_backend("auto", cuda, arguments.CUDA_MAX_DIM + 1)
 
 
 # Instruction sets

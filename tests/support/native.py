@@ -7,14 +7,14 @@ import os
 import pytest
 import torch
 
-from nce_ext._ops import library as _library
+from nce_ext._ops import library
 
 
 def require_native() -> None:
     """Skip without the compiled kernels, unless the run has declared that they must be there."""
     cpu = torch.device("cpu")
-    if _library.fused_available(cpu):
+    if library.fused_available(cpu):
         return
     if os.environ.get("NCE_EXT_TEST_REQUIRE_NATIVE") == "1":
-        pytest.fail(f"NCE_EXT_TEST_REQUIRE_NATIVE=1, but: {_library.why_missing(cpu)}")
-    pytest.skip(f"no compiled kernels: {_library.why_missing(cpu)}")
+        pytest.fail(f"NCE_EXT_TEST_REQUIRE_NATIVE=1, but: {library.why_missing(cpu)}")
+    pytest.skip(f"no compiled kernels: {library.why_missing(cpu)}")

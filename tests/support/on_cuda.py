@@ -16,7 +16,7 @@ from torch import Tensor
 
 import nce_ext
 from nce_ext import functional
-from nce_ext._ops import library as _library
+from nce_ext._ops import library
 from nce_ext._ops.sample import draw_seed
 
 # The mechanism can be tried without a GPU: NCE_EXT_TEST_DEVICE=cpu.
@@ -26,14 +26,14 @@ MUST_RUN = os.environ.get("FAIL_WITHOUT_CUDA") == "1"
 
 def available() -> bool:
     there = DEVICE.type == "cpu" or torch.cuda.is_available()
-    return there and _library.fused_available(DEVICE)
+    return there and library.fused_available(DEVICE)
 
 
 def require() -> None:
     """Skip without a GPU and kernels for it, unless the run has declared that they must be there."""
     if available():
         return
-    reason = "no GPU" if not torch.cuda.is_available() else _library.why_missing(DEVICE)
+    reason = "no GPU" if not torch.cuda.is_available() else library.why_missing(DEVICE)
     if MUST_RUN:
         pytest.fail(f"FAIL_WITHOUT_CUDA=1, but: {reason}")
     pytest.skip(reason)
@@ -106,6 +106,6 @@ def step_on_device(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
 
 def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the losses run on the device, and check ids there."""
-    monkeypatch.setattr(_library, "_debug", True)
+    monkeypatch.setattr(library, "_debug", True)
     monkeypatch.setattr(functional, "nce_loss", on_device(functional.nce_loss))
     monkeypatch.setattr(functional, "hogwild_sgd_", step_on_device(functional.hogwild_sgd_))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nce_ext import optim
-from nce_ext._ops import library as _library
+from nce_ext._ops import library
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -115,4 +115,4 @@ def assert_same(one, other) -> None:
 def use(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizers take no backend: the kernels are theirs wherever they are there."""
     if backend == "reference":
-        monkeypatch.setattr(_library, "_has_cpu", False)
+        monkeypatch.setattr(library, "_has_cpu", False)

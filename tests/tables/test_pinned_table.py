@@ -18,8 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import nce_ext
 from nce_ext import _checks, functional, losses
 from nce_ext import noise as noises
-from nce_ext._ops import coo
-from nce_ext._ops import library as _library
+from nce_ext._ops import coo, library
 from nce_ext._ops.row_grad import RowGradient, Table, gradients_of_table
 from nce_ext._sampled import loss as _sampled
 from nce_ext._tables import pinned as _pinned
@@ -45,7 +44,7 @@ def fake_gpu(native, monkeypatch):
     Without gradients: a torch without CUDA ends the process where autograd meets such a tensor.
     """
     waits = Waits()
-    monkeypatch.setattr(_library, "_has_cuda", True)
+    monkeypatch.setattr(library, "_has_cuda", True)
     monkeypatch.setattr(Tensor, "is_pinned", lambda self: getattr(self, "said_to_be_pinned", False))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: waits)
@@ -139,8 +138,8 @@ def test_refusals(name, fake_gpu):
 
 
 def test_without_kernels_for_the_gpu(fake_gpu):
-    fake_gpu.patch.setattr(_library, "_has_cuda", False)
-    fake_gpu.patch.setattr(_library, "warn_of_reference", lambda device: None)
+    fake_gpu.patch.setattr(library, "_has_cuda", False)
+    fake_gpu.patch.setattr(library, "warn_of_reference", lambda device: None)
     with pytest.raises(
         ValueError, match=r"weight must be on hidden's device cuda:0 for the reference backend, got cpu"
     ):
