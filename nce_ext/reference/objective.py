@@ -339,7 +339,7 @@ def _masked_softmax(z: Tensor, live: Tensor) -> Tensor:
 
 
 def _below_maximum(exponent: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the maximum [B] over the columns that count, or -inf, and how far each [B, n] is below it, 0 if masked."""
+    """Compute the maximum [B] over the columns that count, or -inf, and how far each [B, n] lies below; 0 if masked."""
     largest = exponent.new_full((len(exponent),), -torch.inf)
     if exponent.shape[1]:
         largest = torch.where(count > 0, exponent, -torch.inf).amax(1)
