@@ -86,9 +86,9 @@ def mark_as_stepped(optimizer: torch.optim.Optimizer) -> None:
     optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def record_found_inf(scaler: torch.amp.GradScaler, stepper: object, found_inf: Tensor) -> None:
+def record_found_inf(scaler: torch.amp.GradScaler, counted: object, found_inf: Tensor) -> None:
     """Count a step, as ``scaler.step`` would, among those whose gradients ``scaler.update`` looks at."""
-    scaler._per_optimizer_states[id(stepper)]["found_inf_per_device"][found_inf.device] = found_inf
+    scaler._per_optimizer_states[id(counted)]["found_inf_per_device"][found_inf.device] = found_inf
 
 
 # Process groups.

@@ -32,9 +32,8 @@ class CoalescedGradients:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._made: OrderedDict[int, tuple[Tensor, int]] = (
-            OrderedDict()
-        )  # by address: classes, gradients that have them
+        # By address: the classes, and the number of gradients that have them.
+        self._made: OrderedDict[int, tuple[Tensor, int]] = OrderedDict()
 
     def add(self, classes: Tensor, gradients: int) -> None:
         """Remember ``classes``, which ascend, each once, of that many gradients."""

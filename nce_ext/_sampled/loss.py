@@ -27,7 +27,7 @@ class TakesGradient(Protocol):
     def check_rows(self) -> None:
         """Refuse a call that leaves gradient rows, where only pairs can be taken."""
 
-    def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
+    def losses(self, inputs: SampledLossInputs) -> Tensor:
         """Compute the loss of each example, [B], whose backward pass hands over its pairs."""
 
 
@@ -72,7 +72,7 @@ def reduced_loss(
             return losses.sum()
     elif fused:
         inputs = inputs_of(call, grad_enabled)
-        run = _losses if fused_step is None else fused_step.sampled_loss
+        run = _losses if fused_step is None else fused_step.losses
         losses = run_with_id_errors(lambda: run(inputs), id_check_args, hidden.device)
         _wait_for_rows(call)
     else:

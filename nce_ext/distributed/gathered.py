@@ -14,6 +14,7 @@ from nce_ext.contrastive import InfoNCELoss, SigmoidContrastiveLoss, pairwise
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import losses as contrastive
 from nce_ext.distributed.collectives import Collectives
+from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["GatheredLoss", "gather", "gather_rows"]
 
@@ -217,7 +218,7 @@ class GatheredLoss(nn.Module):
             vectors: this rank's columns, its keys or its queries.
             own: what belongs to them, and to the explicit negatives.
         """
-        vectors = others.gather(vectors.detach()).to(torch.promote_types(vectors.dtype, torch.float32))
+        vectors = others.gather(vectors.detach()).to(compute_dtype(vectors.dtype))
         if self.loss_fn.normalize:
             vectors = contrastive._unit_length(vectors)
         ids = None if own.ids is None else own.ids.long()

@@ -133,7 +133,7 @@ class FusedStep:
         """Compute the loss on stand-ins for weight and bias, so that its backward ends with a step on these.
 
         ``function`` takes the arguments of ``nce_ext.functional.nce_loss`` and ``fused_step``, which is this object: it
-        calls :meth:`check_rows` where gradient rows will be formed, and :meth:`sampled_loss` where pairs will.
+        calls :meth:`check_rows` where gradient rows will be formed, and :meth:`losses` where pairs will.
         """
         if isinstance(hidden, Tensor) and weight.device != hidden.device:  # pairs and rows would lie apart
             raise ValueError(
@@ -208,7 +208,7 @@ class FusedStep:
                 "gradient rows are not exchanged"
             )
 
-    def sampled_loss(self, inputs: SampledLossInputs) -> Tensor:
+    def losses(self, inputs: SampledLossInputs) -> Tensor:
         """Run the operator sampled_loss, whose backward will leave its pairs here; the loss of each example [B]."""
         plain = SampledLossInputs._make(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         plain = plain._replace(needs_hidden_grad=inputs.hidden.requires_grad, needs_row_grad=True)

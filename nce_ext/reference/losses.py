@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nce_ext.reference.dtypes import compute_dtype
 from nce_ext.reference.objective import Objective
 
 
@@ -42,7 +43,7 @@ def sampled_loss(
     to leave out. Rows are gathered as [B, T + k, D], so memory grows with k.
     """
     n_targets, n_classes = target.shape[1], weight.shape[0]
-    compute = torch.promote_types(weight.dtype, torch.float32)
+    compute = compute_dtype(weight.dtype)
     positive = target != ignore_index
     any_positive = positive.any(1, keepdim=True)
 

@@ -54,7 +54,7 @@ class VocabParallelLosses(torch.autograd.Function):
         n_fields = len(GatheredExamples._fields)
         gathered, totals = GatheredExamples(*saved[:n_fields]), saved[n_fields:]
         needs_hidden, needs_weight, needs_bias, needs_log_z = ctx.needs_input_grad[:4]
-        inputs: list[Tensor | None] = [None] * 6
+        of_hidden = of_weight = of_bias = of_log_z = None
         with context.collectives.step(agreed=True), _without_autocast(grad_losses):
             upstream = context.collectives.all_gather(grad_losses, context.sizes)
             gradient = _GradientSums(gathered, needs_hidden, needs_weight or needs_bias, shared=context.shared)
@@ -64,16 +64,16 @@ class VocabParallelLosses(torch.autograd.Function):
                 of_negatives = reduced.of_negatives(chunk.z, chunk.counts, chunk.examples)
                 gradient.add(chunk, of_targets[chunk.examples], of_negatives * upstream[chunk.examples, None])
             if needs_hidden:
-                inputs[0] = context.collectives.reduce_scatter(gradient.hidden, context.sizes).to(ctx.hidden_dtype)
+                of_hidden = context.collectives.reduce_scatter(gradient.hidden, context.sizes).to(ctx.hidden_dtype)
             if needs_weight or needs_bias:
-                inputs[1:3] = gradient.of_rows(context, needs_weight, needs_bias)
+                of_weight, of_bias = gradient.of_rows(context, needs_weight, needs_bias)
             if needs_log_z:
                 per_example, dtype = ctx.log_z_like
                 if per_example:
-                    inputs[3] = -context.collectives.reduce_scatter(gradient.shift, context.sizes).to(dtype)
+                    of_log_z = -context.collectives.reduce_scatter(gradient.shift, context.sizes).to(dtype)
                 else:
-                    inputs[3] = -context.collectives.all_reduce(gradient.shift.sum()).to(dtype)
-        return tuple(inputs)
+                    of_log_z = -context.collectives.all_reduce(gradient.shift.sum()).to(dtype)
+        return of_hidden, of_weight, of_bias, of_log_z, None, None
 
 
 class _ScoredPairs:
