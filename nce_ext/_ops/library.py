@@ -74,7 +74,6 @@ if not _has_cpu:
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Inputs = TypeVar("Inputs", bound=tuple[Any, ...])  # a NamedTuple of an operator's arguments
 
 
 def register_fake(operator: str) -> Callable[[Function], Function]:
@@ -96,12 +95,12 @@ def register_autograd(
         torch.library.register_autograd(f"nce_ext::{operator}", backward, setup_context=setup_context)
 
 
-def needed_gradients(ctx: Any, inputs: type[Inputs]) -> Any:
-    """Say by name, in a tuple of the inputs' type, which of them need a gradient.
+def needed_gradients(ctx: Any, inputs: Any) -> Any:
+    """Say by name, in a tuple of the type ``inputs``, which of an operator's inputs need a gradient.
 
     torch appends an entry of its own to those of the schema.
     """
-    return inputs(*ctx.needs_input_grad[: len(inputs.__annotations__)])
+    return inputs(*ctx.needs_input_grad[: len(inputs._fields)])
 
 
 def implement(operator: str, function: Callable[..., Any]) -> None:

@@ -55,8 +55,8 @@ def row_grad(
     pairs: GradientPairs, n_classes: int, dtype: torch.dtype, *, with_rows: bool, with_bias: bool, padded: bool
 ) -> RowGradient:
     """Sum the pairs of each class: classes ascend, each once; padded to min(B C, V), spare rows zero, of class 0."""
-    inputs = RowGradInputs(*pairs, n_classes, dtype, with_rows, with_bias, padded)
-    return RowGradient._make(torch.ops.nce_ext.row_grad(*inputs))
+    gradient = torch.ops.nce_ext.row_grad(*pairs, n_classes, dtype, with_rows, with_bias, padded)
+    return RowGradient._make(gradient)
 
 
 def row_grad_dense(
@@ -71,10 +71,9 @@ def row_grad_in(
     layout: int, pairs: GradientPairs, n_classes: int, dtype: torch.dtype, *, with_rows: bool, with_bias: bool
 ) -> RowGradient:
     """Sum the pairs of each class, in the layout that the argument gradient_layout of the losses asks for."""
-    wanted = {"with_rows": with_rows, "with_bias": with_bias}
     if layout == DENSE:
-        return row_grad_dense(pairs, n_classes, dtype, **wanted)
-    return row_grad(pairs, n_classes, dtype, **wanted, padded=layout == PADDED)
+        return row_grad_dense(pairs, n_classes, dtype, with_rows=with_rows, with_bias=with_bias)
+    return row_grad(pairs, n_classes, dtype, with_rows=with_rows, with_bias=with_bias, padded=layout == PADDED)
 
 
 def row_grad_norm(pairs: GradientPairs, n_classes: int, *, with_rows: bool, with_bias: bool) -> Tensor:

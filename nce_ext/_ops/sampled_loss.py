@@ -107,19 +107,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return tuple(_NO_GRADS)
     hidden, ids, dlogit, grad_hidden = ctx.saved_tensors
-    needs, grads, table = library.needed_gradients(ctx, SampledLossInputs), _NO_GRADS, ctx.table
+    needs, table = library.needed_gradients(ctx, SampledLossInputs), ctx.table
+    of_hidden = of_weight = of_bias = of_log_z = None
     if needs.hidden:
-        grads = grads._replace(hidden=(grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype))
+        of_hidden = (grad_hidden * grad_loss[:, None]).to(ctx.hidden_dtype)
     if needs.weight or needs.bias:
-        layout = layout_now(table, ids.device)
-        pairs = GradientPairs(ids, dlogit, grad_loss, hidden)
         with_rows, with_bias = needs.weight, needs.bias
+        layout, pairs = layout_now(table, ids.device), GradientPairs(ids, dlogit, grad_loss, hidden)
         summed = row_grad_in(layout, pairs, table.n_classes, table.dtype, with_rows=with_rows, with_bias=with_bias)
-        weight, bias = gradients_of_table(summed, table, layout, needs_weight=with_rows, needs_bias=with_bias)
-        grads = grads._replace(weight=weight, bias=bias)
+        of_weight, of_bias = gradients_of_table(summed, table, layout, needs_weight=with_rows, needs_bias=with_bias)
     if needs.log_z:
-        grads = grads._replace(log_z=-dlogit.sum(1) * grad_loss)
-    return tuple(grads)
+        of_log_z = -dlogit.sum(1) * grad_loss
+    return tuple(_NO_GRADS._replace(hidden=of_hidden, weight=of_weight, bias=of_bias, log_z=of_log_z))
 
 
 library.register_autograd("sampled_loss", _backward, _setup_context)

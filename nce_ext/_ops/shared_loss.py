@@ -219,12 +219,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return tuple(_NO_GRADS)
     hidden, *rest = ctx.saved_tensors
     saved, needs = SharedLossOutputs._make(rest), library.needed_gradients(ctx, SharedLossInputs)
-    grads, table = _NO_GRADS, ctx.table
+    table, of_hidden, of_weight, of_bias, of_log_z = ctx.table, None, None, None, None
     if needs.hidden:
         grad_hidden = saved.grad_hidden
         if grad_loss.shape[0] != 1 or not is_one(grad_loss):
             grad_hidden = grad_hidden * grad_loss[:, None]
-        grads = grads._replace(hidden=grad_hidden.to(ctx.hidden_dtype))
+        of_hidden = grad_hidden.to(ctx.hidden_dtype)
     if needs.weight or needs.bias:
         with_rows, with_bias = needs.weight, needs.bias
         layout = layout_now(table, hidden.device)
@@ -234,11 +234,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
                 saved.dlogit, table.n_classes, table.dtype, with_rows, with_bias, layout,
             )
         )  # fmt: skip
-        weight, bias = gradients_of_table(merged, table, layout, needs_weight=with_rows, needs_bias=with_bias)
-        grads = grads._replace(weight=weight, bias=bias)
+        of_weight, of_bias = gradients_of_table(merged, table, layout, needs_weight=with_rows, needs_bias=with_bias)
     if needs.log_z:
-        grads = grads._replace(log_z=-saved.grad_shift * grad_loss)
-    return tuple(grads)
+        of_log_z = -saved.grad_shift * grad_loss
+    return tuple(_NO_GRADS._replace(hidden=of_hidden, weight=of_weight, bias=of_bias, log_z=of_log_z))
 
 
 library.register_autograd("shared_loss", _backward, _setup_context)

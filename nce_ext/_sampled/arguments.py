@@ -113,7 +113,7 @@ def validate_and_flatten(
     return Call(
         operands,
         Candidates(noise, seed, ids, k, negatives_shared, unique is True, remove_hits),
-        Correction(subtract_log_q, target_log_q, negative_log_q, offset),
+        Correction(target_log_q, negative_log_q, subtract_log_q, offset),
         Labels(positive_label == "uniform", candidate_reduction == "mean", ignore_index),
         objective,
         layout,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class Candidates(NamedTuple):
 class Correction(NamedTuple):
     """What is subtracted from a score besides log_z."""
 
-    subtract_log_q: bool
     target_log_q: Tensor | None  # [B, T]; None: the noise's
     negative_log_q: Tensor | None  # as Candidates.ids; None: the noise's
+    subtract_log_q: bool
     offset: float
 
 
@@ -96,14 +96,23 @@ def log_q_of(call: Call, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return noise.log_prob(known_ids(noise, target)), noise.log_prob(known_ids(noise, ids))
 
 
-def objective_arguments(objective: Objective) -> dict[str, Any]:
-    """Name an objective's numbers as the schemas of the losses do."""
-    return {
-        "objective": objective.kind,
-        **{name: value for name, value in objective._asdict().items() if name != "kind"},
-    }
-
-
 def known_ids(noise: Noise, ids: Tensor) -> Tensor:
     """Replace what is no class by 0: ignored and bad ids, which are masked later."""
     return torch.where((ids >= 0) & (ids < noise.n_classes), ids, 0)
+
+
+def operands_of(call: Call) -> Operands:
+    """Give the operands as operators take them: with elements of hidden side by side."""
+    hidden = call.operands.hidden
+    return call.operands if hidden.stride(-1) == 1 else call.operands._replace(hidden=hidden.contiguous())
+
+
+def needs_of(call: Call, grad_enabled: bool) -> tuple[bool, bool, int]:
+    """Tell operators which gradients to prepare: whether of hidden, whether of the rows, and in which layout."""
+    hidden, weight, bias, _, log_z = call.operands
+    of_rows = (weight, bias, log_z)
+    return (
+        grad_enabled and hidden.requires_grad,
+        grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
+        call.layout.gradient_layout,
+    )

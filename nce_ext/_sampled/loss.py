@@ -13,7 +13,7 @@ from nce_ext._ops.coo import DENSE, made_coalesced
 from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._sampled import shared
 from nce_ext._sampled.arguments import validate_and_flatten
-from nce_ext._sampled.call import Call, log_q_of, objective_arguments
+from nce_ext._sampled.call import Call, log_q_of, needs_of, operands_of
 from nce_ext.noise import Noise
 
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
@@ -63,7 +63,7 @@ def reduced_loss(
     if fused and call.shared:
         weight_of_examples = None
         if reduction != "none" and (weights is None or not weights.requires_grad):
-            weight_of_examples = example_weight(call, weights, reduction)
+            weight_of_examples = example_weight(call, weights, reduction).contiguous()
         losses = run_with_id_errors(
             lambda: shared.losses(call, weight_of_examples, grad_enabled), id_check_args, hidden.device
         )
@@ -86,25 +86,14 @@ def reduced_loss(
 
 
 def inputs_of(call: Call, grad_enabled: bool) -> SampledLossInputs:
-    """Arrange a call as the operator sampled_loss takes it."""
-    operands, candidates, correction = call.operands, call.candidates, call.correction
-    hidden, noise = operands.hidden, candidates.noise
-    of_rows = (operands.weight, operands.bias, operands.log_z)
-    return SampledLossInputs(
-        **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
-        seed=candidates.seed,
-        table=noise.table,
-        kind=noise.kind,
-        num_negatives=candidates.k,
-        negatives=candidates.ids,
-        remove_hits=candidates.remove_hits,
-        **correction._asdict(),
-        **call.labels._asdict(),
-        **objective_arguments(call.objective),
-        needs_hidden_grad=grad_enabled and hidden.requires_grad,
-        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
-        gradient_layout=call.layout.gradient_layout,
-    )
+    """Arrange a call as the operator sampled_loss takes it: its groups are those of the schema."""
+    candidates, noise = call.candidates, call.candidates.noise
+    return SampledLossInputs._make(
+        (
+            *operands_of(call), candidates.seed, noise.table, noise.kind, candidates.k, candidates.ids,
+            candidates.remove_hits, *call.correction, *call.labels, *call.objective, *needs_of(call, grad_enabled),
+        )
+    )  # fmt: skip
 
 
 def _losses(inputs: SampledLossInputs) -> Tensor:
@@ -137,11 +126,13 @@ def _wait_for_rows(call: Call) -> None:
 def example_weight(call: Call, weights: Tensor | None, reduction: str) -> Tensor:
     """Compute what the loss of each example, [B], is multiplied by before they are added up."""
     target, compute = call.operands.target, call.operands.compute_dtype
-    scale = target.new_ones(target.shape[0], dtype=compute) if weights is None else weights.to(compute)
     if reduction == "sum":
-        return scale
+        return target.new_ones(target.shape[0], dtype=compute) if weights is None else weights.to(compute)
     valid = target != call.labels.ignore_index
     valid = valid[:, 0] if target.shape[1] == 1 else valid.any(1)
+    if weights is None:
+        return (1 / valid.sum().clamp_min(1).to(compute)).expand(target.shape[0])
+    scale = weights.to(compute)
     total = torch.where(valid, scale, 0).sum()
     return scale / torch.where(total == 0, 1, total)
 

@@ -25,35 +25,31 @@ from nce_ext._ops.shared_loss import (
     shared_loss,
     shared_loss_,
 )
-from nce_ext._sampled.call import Call, log_q_of, objective_arguments
+from nce_ext._sampled.call import Call, log_q_of, needs_of, operands_of
 from nce_ext.reference.dtypes import compute_dtype
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
 # slower, and in the L2 cache on a GPU.
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 32 * 2**20}
 
+# Inputs that shared_loss passes on to shared_loss_ as they are; the others are of a chunk of examples.
+_OF_A_CHUNK = {"hidden", "target", "log_z", "target_log_q", "example_weight"}
+_OPTIONS = tuple(name for name in SharedEpilogueInputs._fields if name in {*SharedLossInputs._fields} - _OF_A_CHUNK)
+
 
 def losses(call: Call, example_weight: Tensor | None, grad_enabled: bool) -> Tensor:
     """Compute the loss of each example [B], or with ``example_weight`` [B] the sum of their products, [1]."""
-    operands, candidates, correction = call.operands, call.candidates, call.correction
+    candidates, compute = call.candidates, call.operands.compute_dtype
     assert candidates.ids is not None
     target_log_q, negative_log_q = log_q_of(call, candidates.ids)
-    hidden, of_rows = operands.hidden, (operands.weight, operands.bias, operands.log_z)
-    inputs = SharedLossInputs(
-        **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
-        negatives=candidates.ids[0],
-        distinct=candidates.distinct,
-        remove_hits=candidates.remove_hits,
-        target_log_q=None if target_log_q is None else target_log_q.to(operands.compute_dtype),
-        negative_log_q=None if negative_log_q is None else negative_log_q.to(operands.compute_dtype)[0],
-        offset=correction.offset,
-        **call.labels._asdict(),
-        **objective_arguments(call.objective),
-        example_weight=example_weight,
-        needs_hidden_grad=grad_enabled and hidden.requires_grad,
-        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
-        gradient_layout=call.layout.gradient_layout,
-    )
+    inputs = SharedLossInputs._make(
+        (
+            *operands_of(call), candidates.ids[0], candidates.distinct, candidates.remove_hits,
+            None if target_log_q is None else target_log_q.to(compute),
+            None if negative_log_q is None else negative_log_q.to(compute)[0], call.correction.offset, *call.labels,
+            *call.objective, example_weight, *needs_of(call, grad_enabled),
+        )
+    )  # fmt: skip
     return shared_loss(inputs).loss
 
 
@@ -143,7 +139,7 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if needs_rows:
         out.classes[:n] = columns.ids if multiplicity is None else torch.where(multiplicity > 0, columns.ids, -1)
 
-    options = {name: value for name, value in inputs._asdict().items() if name in SharedEpilogueInputs._fields}
+    options = {name: getattr(inputs, name) for name in _OPTIONS}
     size = max(1, min(batch, CHUNK_BYTES[hidden.device.type] // (max(n, 1) * shift.element_size())))
     for begin in range(0, batch, size):
         chunk = slice(begin, min(begin + size, batch))
@@ -151,20 +147,18 @@ def _shared_loss(*arguments: Any) -> tuple[Tensor, ...]:
         logits = product_in(compute, x, rows)
         made = shared_loss_(
             SharedEpilogueInputs(
-                **{
-                    **options,
-                    "logits": logits,
-                    "hidden": hidden[chunk],
-                    "target": target[chunk],
-                    "target_log_q": target_log_q[chunk],
-                    "log_z": _part(inputs.log_z, chunk),
-                    "column_shift": shift,
-                    "multiplicity": multiplicity,
-                    "accidental_hits": _part(accidental_hits, chunk),
-                    "n_draws": columns.n_draws,
-                    "example_weight": _part(example_weight, chunk),
-                    "needs_derivatives": needs_derivatives,
-                }
+                logits=logits,
+                hidden=hidden[chunk],
+                target=target[chunk],
+                log_z=_part(inputs.log_z, chunk),
+                column_shift=shift,
+                multiplicity=multiplicity,
+                accidental_hits=_part(accidental_hits, chunk),
+                n_draws=columns.n_draws,
+                target_log_q=target_log_q[chunk],
+                example_weight=_part(example_weight, chunk),
+                needs_derivatives=needs_derivatives,
+                **options,
             )
         )
         out.loss[chunk] = made.loss

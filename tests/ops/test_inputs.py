@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from nce_ext._ops import alias_table, row_grad, row_grad_step, row_step, sample, sampled_loss, scatter_step, shared_loss
+from nce_ext._sampled.call import Correction, Labels, Operands
+from nce_ext.reference import Objective
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -40,6 +42,20 @@ def test_fields_are_the_schemas_arguments(operator):
 @pytest.mark.parametrize("operator", FUNCTIONS)
 def test_parameters_are_the_schemas_arguments(operator):
     assert tuple(inspect.signature(FUNCTIONS[operator]).parameters) == names_in_the_schema(operator)
+
+
+def test_the_groups_of_a_call_are_those_of_the_schemas():
+    """Operators take them splatted."""
+    operands, labels, objective = Operands._fields, Labels._fields, ("objective", *Objective._fields[1:])
+    single, shared = sampled_loss.SampledLossInputs._fields, shared_loss.SharedLossInputs._fields
+    assert single[:5] == shared[:5] == operands
+    assert single[-3:] == shared[-3:] == ("needs_hidden_grad", "needs_row_grad", "gradient_layout")
+    for fields in (single, shared, shared_loss.SharedEpilogueInputs._fields):
+        at = fields.index(labels[0])
+        assert fields[at : at + 3] == labels
+        assert fields[at + 3 : at + 8] == objective
+    at = single.index("target_log_q")
+    assert single[at : at + 4] == Correction._fields
 
 
 def test_the_dense_gradient_has_the_first_inputs_of_the_sparse_one():
