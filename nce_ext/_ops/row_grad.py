@@ -129,6 +129,13 @@ class Table(NamedTuple):
     layout: int
 
 
+def keep_table(ctx: Any, hidden: Tensor, weight: Tensor, layout: int) -> None:
+    """Note for the backward pass whose gradients it makes, and that an absent gradient stays absent."""
+    ctx.set_materialize_grads(False)
+    ctx.table = Table(weight.shape[0], weight.dtype, weight.device, layout)
+    ctx.hidden_dtype = hidden.dtype
+
+
 def layout_now(table: Table, device: torch.device) -> int:
     """Choose the layout of a gradient: the table's, but padded while a CUDA graph is captured."""
     return PADDED if table.layout == COALESCED and coo.capturing(device) else table.layout

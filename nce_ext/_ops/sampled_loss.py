@@ -12,8 +12,8 @@ from nce_ext._ops import library
 from nce_ext._ops.row_grad import (
     NO_DOUBLE_BACKWARD,
     GradientPairs,
-    Table,
     gradients_of_table,
+    keep_table,
     layout_now,
     row_grad_in,
 )
@@ -87,10 +87,7 @@ _NO_GRADS: Any = SampledLossInputs._make([None] * len(SampledLossInputs._fields)
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     given, made = SampledLossInputs._make(inputs), SampledLossOutputs._make(output)
     needs = library.needed_gradients(ctx, SampledLossInputs)
-    ctx.set_materialize_grads(False)
-    weight = given.weight
-    ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
-    ctx.hidden_dtype = given.hidden.dtype
+    keep_table(ctx, given.hidden, given.weight, given.gradient_layout)
     of_rows = needs.weight or needs.bias
     ctx.save_for_backward(
         given.hidden if of_rows else None,

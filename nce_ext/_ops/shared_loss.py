@@ -16,8 +16,8 @@ from nce_ext._ops.coo import DENSE, PADDED, is_one
 from nce_ext._ops.row_grad import (
     NO_DOUBLE_BACKWARD,
     RowGradient,
-    Table,
     gradients_of_table,
+    keep_table,
     layout_now,
     min_of,
     unknown_size,
@@ -200,10 +200,7 @@ _NO_GRADS: Any = SharedLossInputs._make([None] * len(SharedLossInputs._fields))
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     given, made = SharedLossInputs._make(inputs), SharedLossOutputs._make(output)
     needs = library.needed_gradients(ctx, SharedLossInputs)
-    ctx.set_materialize_grads(False)
-    weight = given.weight
-    ctx.table = Table(weight.shape[0], weight.dtype, weight.device, given.gradient_layout)
-    ctx.hidden_dtype = given.hidden.dtype
+    keep_table(ctx, given.hidden, given.weight, given.gradient_layout)
     of_rows = needs.weight or needs.bias
     kept = dict.fromkeys(SharedLossOutputs._fields, of_rows)
     kept.update(loss=False, grad_hidden=needs.hidden, grad_shift=needs.log_z)

@@ -18,6 +18,7 @@ from tolerances import assert_close
 import nce_ext
 from nce_ext import functional
 from nce_ext import noise as noises
+from nce_ext._ops.sampled_loss import SampledLossInputs
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -102,7 +103,7 @@ def test_the_epilogue_of_shared_negatives_agrees_with_the_cpu(objective, columns
         "target": torch.randint(V, (batch, targets)), "target_log_q": -torch.rand(batch, targets, dtype=compute),
         "column_shift": torch.randn(columns, dtype=compute), "example_weight": torch.randn(batch, dtype=compute),
         "multiplicity": torch.randint(3, (columns,)).to(compute), "n_draws": columns,
-        "hits": torch.stack([begin, begin + 1], 2).int(), **objective,
+        "accidental_hits": torch.stack([begin, begin + 1], 2).int(), **objective,
     })  # fmt: skip
     moved = [a.to(cuda, copy=True) if isinstance(a, torch.Tensor) else a for a in arguments]
     wanted = torch.ops.nce_ext.shared_loss_(*arguments)
@@ -116,7 +117,8 @@ def test_opcheck_on_the_device(cuda):
     ops = torch.ops.nce_ext
     forward = [to(cuda, a) for a in forward_arguments()]
     rows = [to(cuda, a) for a in row_arguments()]
-    torch.library.opcheck(ops.sample.default, (forward[5], forward[6], forward[10], V, 4, 3))
+    inputs = SampledLossInputs._make(forward)
+    torch.library.opcheck(ops.sample.default, (inputs.seed, inputs.table, inputs.kind, V, 4, 3))
     torch.library.opcheck(ops.sampled_loss.default, tuple(forward))
     for objective in ({}, SOFTMAX, ADVERSARIAL):
         epilogue = tuple(to(cuda, a) for a in epilogue_arguments(**objective))
