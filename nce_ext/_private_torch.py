@@ -94,6 +94,14 @@ def inside_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a different one in each entry of a vmap, which has no public predicate either."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_batchedtensor(tensor)
+
+
 # Optimizers.
 
 

@@ -114,6 +114,22 @@ def test_transforms_are_known_by_name():
     assert seen[5:] == [(True, True), (True, False)]
 
 
+def test_batched_tensors_are_known_at_every_level():
+    seen = []
+
+    def look(x, other):
+        seen.append((_private_torch.is_batched(x), _private_torch.is_batched(other)))
+        return x.sum()
+
+    func, x = torch.func, torch.ones(2, 3)
+    look(x, x)
+    func.grad(look)(x, x)
+    func.vmap(look, (0, None))(x, x)
+    func.vmap(func.grad(look), (0, None))(x, x)
+    func.grad(lambda x: func.vmap(look, (0, None))(x, x[0]).sum())(x)
+    assert seen == [(False, False)] * 2 + [(True, False)] * 3
+
+
 def test_other_threads_are_inside_no_transform():
     seen = []
 

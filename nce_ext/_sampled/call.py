@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext.noise import Noise
 from nce_ext.reference import Objective
 from nce_ext.reference.dtypes import compute_dtype
@@ -85,6 +86,15 @@ class Call(NamedTuple):
         log_q, candidates = self.correction.negative_log_q, self.candidates
         one_log_q = log_q is None or log_q.shape[0] == 1
         return candidates.ids is not None and candidates.negatives_shared and one_log_q
+
+
+def needed_gradients(operands: Operands, grad_enabled: bool) -> tuple[bool, bool]:
+    """Tell whether hidden needs a gradient, and whether weight, bias or log_z do."""
+    if grad_enabled and _private_torch.inside_transform():
+        return True, True  # perhaps at a level of torch.func that requires_grad does not tell of
+    of_rows = (operands.weight, operands.bias, operands.log_z)
+    needs_row_grad = any(t is not None and t.requires_grad for t in of_rows)
+    return grad_enabled and operands.hidden.requires_grad, grad_enabled and needs_row_grad
 
 
 def log_q_of(call: Call, ids: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -8,12 +8,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _warnings, reference
+from nce_ext import _checks, _private_torch, _warnings, reference
 from nce_ext._ops.coo import DENSE, made_coalesced
 from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._sampled import shared
 from nce_ext._sampled.arguments import validate_and_flatten
-from nce_ext._sampled.call import Call, log_q_of, objective_arguments
+from nce_ext._sampled.call import Call, log_q_of, needed_gradients, objective_arguments
 from nce_ext.noise import Noise
 
 _DENSE_GRADIENT_LIMIT = 256 * 2**20  # bytes
@@ -50,7 +50,7 @@ def reduced_loss(
     )  # fmt: skip
     grad_enabled = torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        if grad_enabled:
+        if grad_enabled and not _private_torch.inside_transform():  # whose gradients reach no parameter
             _prepare_gradient(call)
         _warn_of_many_rows(call)
     fused, labels, correction = call.layout.fused, call.labels, call.correction
@@ -89,7 +89,7 @@ def inputs_of(call: Call, grad_enabled: bool) -> SampledLossInputs:
     """Arrange a call as the operator sampled_loss takes it."""
     operands, candidates, correction = call.operands, call.candidates, call.correction
     hidden, noise = operands.hidden, candidates.noise
-    of_rows = (operands.weight, operands.bias, operands.log_z)
+    needs_hidden_grad, needs_row_grad = needed_gradients(operands, grad_enabled)
     return SampledLossInputs(
         **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
         seed=candidates.seed,
@@ -101,8 +101,8 @@ def inputs_of(call: Call, grad_enabled: bool) -> SampledLossInputs:
         **correction._asdict(),
         **call.labels._asdict(),
         **objective_arguments(call.objective),
-        needs_hidden_grad=grad_enabled and hidden.requires_grad,
-        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
+        needs_hidden_grad=needs_hidden_grad,
+        needs_row_grad=needs_row_grad,
         gradient_layout=call.layout.gradient_layout,
     )
 
@@ -154,10 +154,11 @@ def _reference_losses(call: Call) -> Tensor:
         assert candidates.seed is not None
         ids = reference.draw(noise.kind, noise.n_classes, noise.table, candidates.seed, n_examples, candidates.k)
     target_log_q, negative_log_q = log_q_of(call, ids)
+    sparse = call.layout.gradient_layout != DENSE and not _private_torch.inside_vmap()  # where no tensor is sparse
     return reference.sampled_loss(
         operands.hidden, operands.weight, operands.bias, operands.target, ids.expand(n_examples, candidates.k),
         operands.log_z, target_log_q, negative_log_q, objective=call.objective, offset=call.correction.offset,
-        remove_hits=candidates.remove_hits, **labels._asdict(), sparse=call.layout.gradient_layout != DENSE,
+        remove_hits=candidates.remove_hits, **labels._asdict(), sparse=sparse,
         repeated=_repeated(ids) if candidates.distinct else None,
     )  # fmt: skip
 

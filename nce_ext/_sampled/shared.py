@@ -25,7 +25,7 @@ from nce_ext._ops.shared_loss import (
     shared_loss,
     shared_loss_,
 )
-from nce_ext._sampled.call import Call, log_q_of, objective_arguments
+from nce_ext._sampled.call import Call, log_q_of, needed_gradients, objective_arguments
 from nce_ext.reference.dtypes import compute_dtype
 
 # Bytes of a chunk of scores, which stay in a cache: beyond the second-level one on the CPU, where smaller products are
@@ -38,7 +38,8 @@ def losses(call: Call, example_weight: Tensor | None, grad_enabled: bool) -> Ten
     operands, candidates, correction = call.operands, call.candidates, call.correction
     assert candidates.ids is not None
     target_log_q, negative_log_q = log_q_of(call, candidates.ids)
-    hidden, of_rows = operands.hidden, (operands.weight, operands.bias, operands.log_z)
+    hidden = operands.hidden
+    needs_hidden_grad, needs_row_grad = needed_gradients(operands, grad_enabled)
     inputs = SharedLossInputs(
         **operands._replace(hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous())._asdict(),
         negatives=candidates.ids[0],
@@ -50,8 +51,8 @@ def losses(call: Call, example_weight: Tensor | None, grad_enabled: bool) -> Ten
         **call.labels._asdict(),
         **objective_arguments(call.objective),
         example_weight=example_weight,
-        needs_hidden_grad=grad_enabled and hidden.requires_grad,
-        needs_row_grad=grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
+        needs_hidden_grad=needs_hidden_grad,
+        needs_row_grad=needs_row_grad,
         gradient_layout=call.layout.gradient_layout,
     )
     return shared_loss(inputs).loss
