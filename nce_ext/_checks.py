@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext._ops import library
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -152,9 +153,12 @@ def without_gradient(name: str, value: Tensor, why: str, advice: str) -> None:
 def values_are_checked(device: torch.device) -> bool:
     """Tell whether the values of tensors on the device are checked: on the CPU always, on CUDA under set_debug(True).
 
-    Elsewhere a check would have to wait for the device. While tracing there are no values.
+    Elsewhere a check would have to wait for the device. While tracing there are no values, and inside
+    ``torch.func.vmap`` there are many.
     """
-    return not torch.compiler.is_compiling() and (device.type == "cpu" or library.debug_enabled())
+    if torch.compiler.is_compiling() or _private_torch.inside_vmap():
+        return False
+    return device.type == "cpu" or library.debug_enabled()
 
 
 def finite(name: str, value: Tensor, where: Tensor | None = None) -> None:
@@ -309,7 +313,7 @@ def class_ids(
         raise TypeError(f"ids must be an int64 or int32 tensor, got {describe(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"ids must be on the module's device {device}, got {value.device}")
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or not value.numel():
+    if value.device.type != "cpu" or not value.numel() or not values_are_checked(value.device):
         return value
     classes = value if ignore_index is None else torch.where(value == ignore_index, 0, value)
     low, high = int(classes.min()), int(classes.max())
@@ -364,7 +368,7 @@ def trials(value: int | Tensor, device: torch.device) -> None:
             raise ValueError(f"trials must be on {device}, got {value.device}")
         if value.dim():
             raise ValueError(f"trials must be a scalar, got shape {list(value.shape)}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or not values_are_checked(value.device):
             return
     if value < 0:
         raise ValueError(f"trials must be >= 0, got {int(value)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import threading
+import timeit
 from datetime import timedelta
 from pathlib import Path
 
@@ -94,6 +96,64 @@ def test_a_pass_knows_which_nodes_it_runs():
     Product.apply(x, w).sum().backward()
     torch.autograd.grad(Product.apply(x, w).sum(), x)
     assert runs == [True, False]
+
+
+def test_transforms_are_known_by_name():
+    seen = []
+
+    def look(x):
+        seen.append((_private_torch.inside_transform(), _private_torch.inside_vmap()))
+        return x.sum()
+
+    func, x = torch.func, torch.ones(2, 3)
+    for function in (look, func.grad(look), func.vmap(look), func.vmap(func.grad(look)), look):
+        function(x)
+    assert seen == [(False, False), (True, False), (True, True), (True, True), (False, False)]
+    func.grad(lambda x: func.vmap(look)(x).sum())(x)
+    func.jvp(look, (x,), (x,))
+    assert seen[5:] == [(True, True), (True, False)]
+
+
+def test_batched_tensors_are_known_at_every_level():
+    seen = []
+
+    def look(x, other):
+        seen.append((_private_torch.is_batched(x), _private_torch.is_batched(other)))
+        return x.sum()
+
+    func, x = torch.func, torch.ones(2, 3)
+    look(x, x)
+    func.grad(look)(x, x)
+    func.vmap(look, (0, None))(x, x)
+    func.vmap(func.grad(look), (0, None))(x, x)
+    func.grad(lambda x: func.vmap(look, (0, None))(x, x[0]).sum())(x)
+    assert seen == [(False, False)] * 2 + [(True, False)] * 3
+
+
+def test_other_threads_are_inside_no_transform():
+    seen = []
+
+    def look(x):
+        thread = threading.Thread(target=lambda: seen.append(_private_torch.inside_transform()))
+        thread.start()
+        thread.join()
+        return x
+
+    torch.func.vmap(look)(torch.ones(2))
+    assert seen == [False]
+
+
+def test_tracing_is_inside_no_transform():
+    @torch.compile(backend="eager", fullgraph=True)
+    def traced(x):
+        return x + _private_torch.inside_transform() + _private_torch.inside_vmap()
+
+    assert traced(torch.zeros(1)) == 0
+
+
+def test_asking_for_transforms_costs_less_than_a_microsecond():
+    for ask in (_private_torch.inside_transform, _private_torch.inside_vmap):
+        assert min(timeit.repeat(ask, number=10_000, repeat=5)) / 10_000 < 1e-6
 
 
 def test_a_scheduler_sees_a_marked_step(recwarn):

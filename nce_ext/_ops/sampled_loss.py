@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nce_ext import reference
+from nce_ext import _private_torch, reference
 from nce_ext._ops import library
 from nce_ext._ops.row_grad import (
     NO_DOUBLE_BACKWARD,
@@ -17,6 +17,7 @@ from nce_ext._ops.row_grad import (
     layout_now,
     row_grad_in,
 )
+from nce_ext._ops.transforms import transformable
 from nce_ext.reference.dtypes import compute_dtype
 
 
@@ -62,6 +63,8 @@ class SampledLossOutputs(NamedTuple):
 
 def sampled_loss(inputs: SampledLossInputs) -> SampledLossOutputs:
     """Call the operator, through autograd if a tensor requires a gradient; only the loss has one."""
+    if _private_torch.inside_transform():
+        return SampledLossOutputs._make(_transformable(*inputs))
     return SampledLossOutputs._make(torch.ops.nce_ext.sampled_loss(*inputs))
 
 
@@ -119,3 +122,6 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 library.register_autograd("sampled_loss", _backward, _setup_context)
+_transformable = transformable(
+    lambda *inputs: torch.ops.nce_ext.sampled_loss(*inputs), _backward, _setup_context, NO_DOUBLE_BACKWARD
+)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext._ops import library
 from nce_ext._ops.coo import DENSE, PADDED, is_one
 from nce_ext._ops.row_grad import (
@@ -22,6 +23,7 @@ from nce_ext._ops.row_grad import (
     min_of,
     unknown_size,
 )
+from nce_ext._ops.transforms import transformable
 from nce_ext.reference.dtypes import compute_dtype
 
 
@@ -125,6 +127,8 @@ class SharedRowGradInputs(NamedTuple):
 
 def shared_loss(inputs: SharedLossInputs) -> SharedLossOutputs:
     """Call the operator, through autograd if a tensor requires a gradient; only the loss has one."""
+    if _private_torch.inside_transform():
+        return SharedLossOutputs._make(_transformable(*inputs))
     return SharedLossOutputs._make(torch.ops.nce_ext.shared_loss(*inputs))
 
 
@@ -238,3 +242,6 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 library.register_autograd("shared_loss", _backward, _setup_context)
+_transformable = transformable(
+    lambda *inputs: torch.ops.nce_ext.shared_loss(*inputs), _backward, _setup_context, NO_DOUBLE_BACKWARD
+)

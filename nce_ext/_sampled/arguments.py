@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nce_ext import _checks
+from nce_ext import _checks, _private_torch
 from nce_ext._ops import library
 from nce_ext._ops.coo import COALESCED, DENSE, PADDED
 from nce_ext._ops.sample import draw_seed
@@ -130,6 +130,10 @@ def _flat_log_q(log_q: tuple[Tensor, Tensor], operands: Operands, k: int) -> tup
 def _draw_distinct(noise: Noise, k: int, seed: Tensor, unique: bool | str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Draw ids [1, k] that all examples share; returns also the log of a class's expected count among the distinct."""
     if unique == "tf":
+        if _private_torch.is_batched(seed):
+            raise ValueError(
+                "unique must not be 'tf' with a seed of each entry of a vmap, whose draws differ in number"
+            )
         ids, trials = noise.sample_distinct(k, seed=seed)
         return ids[None], lambda classes: noise.log_expected_count_tf(classes, k, trials)
     ids = noise.draw(seed, 1, k)
@@ -290,6 +294,8 @@ def _choose_backend(backend: str, device: torch.device, dim: int) -> bool:
             f"weight must have at most {CUDA_MAX_DIM} columns for the CUDA kernels, got {dim}; "
             "backend='reference' takes any number"
         )
+    if fused and _private_torch.inside_vmap():
+        raise RuntimeError("the compiled kernels cannot run under torch.func.vmap; backend='reference' works")
     return fused
 
 

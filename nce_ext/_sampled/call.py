@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nce_ext import _private_torch
 from nce_ext.noise import Noise
 from nce_ext.reference import Objective
 from nce_ext.reference.dtypes import compute_dtype
@@ -109,10 +110,9 @@ def operands_of(call: Call) -> Operands:
 
 def needs_of(call: Call, grad_enabled: bool) -> tuple[bool, bool, int]:
     """Tell operators which gradients to prepare: whether of hidden, whether of the rows, and in which layout."""
+    layout = call.layout.gradient_layout
+    if grad_enabled and _private_torch.inside_transform():
+        return True, True, layout  # perhaps at a level of torch.func that requires_grad does not tell of
     hidden, weight, bias, _, log_z = call.operands
-    of_rows = (weight, bias, log_z)
-    return (
-        grad_enabled and hidden.requires_grad,
-        grad_enabled and any(t is not None and t.requires_grad for t in of_rows),
-        call.layout.gradient_layout,
-    )
+    needs_row_grad = any(t is not None and t.requires_grad for t in (weight, bias, log_z))
+    return grad_enabled and hidden.requires_grad, grad_enabled and needs_row_grad, layout

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from nce_ext import _checks, _warnings, reference
+from nce_ext import _checks, _private_torch, _warnings, reference
 from nce_ext._ops.coo import DENSE, made_coalesced
 from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._sampled import shared
@@ -50,7 +50,7 @@ def reduced_loss(
     )  # fmt: skip
     grad_enabled = torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        if grad_enabled:
+        if grad_enabled and not _private_torch.inside_transform():  # whose gradients reach no parameter
             _prepare_gradient(call)
         _warn_of_many_rows(call)
     fused, labels, correction = call.layout.fused, call.labels, call.correction
@@ -145,10 +145,11 @@ def _reference_losses(call: Call) -> Tensor:
         assert candidates.seed is not None
         ids = reference.draw(noise.kind, noise.n_classes, noise.table, candidates.seed, n_examples, candidates.k)
     target_log_q, negative_log_q = log_q_of(call, ids)
+    sparse = call.layout.gradient_layout != DENSE and not _private_torch.inside_vmap()  # where no tensor is sparse
     return reference.sampled_loss(
         operands.hidden, operands.weight, operands.bias, operands.target, ids.expand(n_examples, candidates.k),
         operands.log_z, target_log_q, negative_log_q, objective=call.objective, offset=call.correction.offset,
-        remove_hits=candidates.remove_hits, **labels._asdict(), sparse=call.layout.gradient_layout != DENSE,
+        remove_hits=candidates.remove_hits, **labels._asdict(), sparse=sparse,
         repeated=_repeated(ids) if candidates.distinct else None,
     )  # fmt: skip
 

@@ -339,11 +339,15 @@ class SigmoidContrastiveLoss(nn.Module):
 class _CappedExp(torch.autograd.Function):
     """Autograd function min(exp(x), limit) whose gradient is that of exp, but never moves x further above the limit."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        value = x.exp().clamp(max=limit)
-        ctx.save_for_backward(value, x > math.log(limit))
-        return value
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.exp().clamp(max=limit)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[0] > math.log(inputs[1]))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nce_ext import _private_torch
+from nce_ext._ops.transforms import Results, entry_by_entry, once
+
 # query [B, D], key [B, D], negatives [K, D], scale and bias: the inputs that may require a gradient.
 Operands: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+
+NO_DOUBLE_BACKWARD = "nce_ext contrastive losses cannot be differentiated twice (create_graph=True)"
 
 
 class Options(NamedTuple):
@@ -71,41 +76,74 @@ class Pairwise(torch.autograd.Function):
     multiplied by that number in backward. The upstream gradient of [B] losses weighs every query on its own and is
     known in backward only, so there the operands are saved, and backward computes all chunks once more: four matrix
     products instead of three.
+
+    The gradients are results beside the losses, and not differentiable, so that torch.func can save them. Under
+    vmap the batches are computed one after the other, as a chunk is written in place.
     """
 
+    # Every argument has a name: Dynamo tells by their number that there is no ctx among them.
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, negatives: Tensor | None, scale: Tensor, bias: Tensor | None, *rest: Any
-    ) -> Tensor:
-        data, options = Data(*rest[:-1]), rest[-1]
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        operands = (query, key, negatives, scale, bias)
-        needs = tuple(ctx.needs_input_grad[:5]) if options.grad_enabled and options.total else (False,) * 5
-        of_queries, gradients = sweep(operands, data, options, needs, None)
-        ctx.save_for_backward(*(gradients if options.total else (*operands, *data)))
-        return of_queries.sum() if options.total else of_queries
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        ids: Tensor | None,
+        negative_ids: Tensor | None,
+        negative_mask: Tensor | None,
+        log_q: Tensor | None,
+        negative_log_q: Tensor | None,
+        target: Tensor | None,
+        options: Options,
+        needs: tuple[bool, ...],
+    ) -> Results:
+        data = Data(ids, negative_ids, negative_mask, log_q, negative_log_q, target)
+        losses, gradients = sweep((query, key, negatives, scale, bias), data, options, needs, None)
+        return losses.sum() if options.total else losses, *gradients
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("nce_ext contrastive losses cannot be differentiated twice (create_graph=True)")
-        nothing = (None,) * (len(Data._fields) + 1)
-        needs = tuple(ctx.needs_input_grad[:5])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        gradients, options = output[1:], inputs[-2]
+        ctx.options, ctx.transformed = options, _private_torch.inside_transform()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(g for g in gradients if g is not None))
+        # Under torch.func what the gradients depend on is saved too, so that nothing differentiates them silently.
+        saved = inputs[:-2] if ctx.transformed or not options.total else ()
+        ctx.save_for_backward(*(gradients if options.total else ()), *saved)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Results:
+        if torch.is_grad_enabled() and not ctx.transformed and not torch.compiler.is_compiling():
+            raise RuntimeError(NO_DOUBLE_BACKWARD)
+        nothing = (None,) * (len(Data._fields) + 2)
         if upstream is None:
             return (None,) * 5 + nothing
-        if ctx.options.total:
-            gradients = Gradients(*(None if g is None else g * upstream for g in ctx.saved_tensors))
-        else:
-            saved = ctx.saved_tensors
-            _, gradients = sweep(saved[:5], Data(*saved[5:]), ctx.options, needs, upstream)
-        return (*gradients, *nothing)
+        options, needs = ctx.options, tuple(ctx.needs_input_grad[:5])
+
+        def gradients(upstream: Tensor, *saved: Tensor | None) -> Results:
+            if options.total:
+                return tuple(None if g is None else g * upstream for g in saved[:5])
+            return sweep(saved[:5], Data(*saved[5:]), options, needs, upstream)[1]  # type: ignore[arg-type]
+
+        if ctx.transformed:
+            return (*once(gradients, NO_DOUBLE_BACKWARD, upstream, *ctx.saved_tensors), *nothing)
+        return (*gradients(upstream, *ctx.saved_tensors), *nothing)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Results, tuple[int | None, ...]]:
+        return entry_by_entry(Pairwise, info, in_dims, arguments)
 
 
 def losses(operands: Operands, data: Data, options: Options) -> Tensor:
     """Compute the sum of all losses, or the losses [B], as ``options.total`` says, with gradients for autograd."""
-    apply: Callable[..., Tensor] = Pairwise.apply
-    return apply(*operands, *data, options)
+    needs = (False,) * 5
+    if options.grad_enabled and options.total:
+        # Under torch.func an operand may need a gradient at a level that its flag does not tell of.
+        transformed = _private_torch.inside_transform()
+        needs = tuple(t is not None and (transformed or t.requires_grad) for t in operands)  # type: ignore[assignment]
+    apply: Callable[..., tuple[Tensor, ...]] = Pairwise.apply
+    return apply(*operands, *data, options, needs)[0]
 
 
 def sweep(

@@ -146,6 +146,11 @@ class FusedStep:
 
     def _check(self, weight: Tensor, bias: Tensor | None) -> None:
         """Refuse in the forward pass whatever would stop the step at the end of backward, when it is too late."""
+        if _private_torch.inside_transform():
+            raise RuntimeError(
+                "fuse_optimizer steps inside backward(), which torch.func transforms do not run; "
+                "loss_fn.unfuse_optimizer() brings gradients back"
+            )
         current = [p for p in (weight, bias) if p is not None]
         if len(current) != len(self._parameters) or any(
             p is not q for p, q in zip(current, self._parameters, strict=True)

@@ -63,7 +63,7 @@ def draw(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols
     high, low = random_words(seed, rows, cols)
     if kind == LOG_UNIFORM:
         u = ((high << 21) | (low >> 11)).double() * 2.0**-53
-        return (_exp2(u * math.log2(n_classes + 1)).long() - 1).clamp_(0, n_classes - 1)
+        return (_exp2(u * math.log2(n_classes + 1)).long() - 1).clamp(0, n_classes - 1)
     # floor(draw * V / 2^64) and the next 32 bits of the quotient; V < 2^31, so nothing exceeds 63 bits.
     scaled = high * n_classes + ((low * n_classes) >> 32)
     bucket = scaled >> 32

@@ -57,6 +57,7 @@ def test_every_refusal_in_the_source_is_tested():
     elsewhere = [
         "weight must have at most",  # on CUDA alone: test_installation, test_cuda_operators
         "sparse must be True or 'padded' with a weight in host memory",  # test_pinned_table
+        "unique must not be 'tf' with a seed of each entry of a vmap",  # test_loss_transforms
     ]
     elsewhere += ["ids must be", "dtype must be torch.float32 or", "counts must", "trials must"]  # tests/noise
     tables = messages(REFUSALS, CONSTRUCTOR, OF_HOGWILD, OF_OBJECTIVES, SOFTMAX_MODULE, AT_THE_CALL)
