@@ -1,4 +1,4 @@
-"""Autograd functions under torch.func: results that cannot be differentiated, and batches computed entry by entry."""
+"""Autograd functions that torch.func can transform: differentiated once, and over a batch computed entry by entry."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def transformable(
     """Make of an operator, and of what ``register_autograd`` takes, a function that torch.func can transform.
 
     What ``torch.library.register_autograd`` makes of them is an autograd function that torch.func refuses. Only the
-    first result has a gradient, and differentiating that raises RuntimeError(refusal).
+    first result has a gradient, and differentiating that raises RuntimeError(refusal). Results may be None.
     """
 
     class Transformable(torch.autograd.Function):
@@ -70,7 +70,7 @@ def transformable(
             floats = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
             ctx.n_saved = len(saved)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
             ctx.save_for_backward(*saved, *floats)
 
         @staticmethod
@@ -83,6 +83,10 @@ def transformable(
             if upstream is None:
                 return (None,) * len(of_operator.needs_input_grad)
             return once(gradients, refusal, upstream, *ctx.saved_tensors)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Results, tuple[int | None, ...]]:
+            return entry_by_entry(Transformable, info, in_dims, arguments)
 
     apply: Callable[..., Results] = Transformable.apply
     return apply

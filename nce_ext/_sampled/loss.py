@@ -158,7 +158,7 @@ def _repeated(ids: Tensor) -> Tensor:
     """Mark ids [1, k] that have occurred before in their row."""
     ascending, order = ids[0].sort(stable=True)
     again = torch.cat([ascending.new_zeros(1, dtype=torch.bool), ascending[1:] == ascending[:-1]])[: len(order)]
-    return torch.zeros_like(again).scatter_(0, order, again)[None]
+    return again.gather(0, order.argsort())[None]
 
 
 def _prepare_gradient(call: Call) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from nce_ext import _checks
 from nce_ext.contrastive import arguments as _arguments
 from nce_ext.contrastive import pairwise as _pairwise
+from nce_ext.contrastive.capped_exp import capped_exp
 from nce_ext.reference.dtypes import compute_dtype
 
 __all__ = ["InfoNCELoss", "SigmoidContrastiveLoss"]
@@ -336,25 +335,6 @@ class SigmoidContrastiveLoss(nn.Module):
         )
 
 
-class _CappedExp(torch.autograd.Function):
-    """Autograd function min(exp(x), limit) whose gradient is that of exp, but never moves x further above the limit."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, limit: float) -> Tensor:
-        return x.exp().clamp(max=limit)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[0] > math.log(inputs[1]))
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        value, above = ctx.saved_tensors
-        return torch.where(above, upstream.clamp(min=0), upstream) * value, None
-
-
 def _parameter(value: float, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
     """Make a scalar parameter."""
     return nn.Parameter(torch.tensor(value, device=device, dtype=dtype))
@@ -365,7 +345,6 @@ def _scale(fixed: float, log_scale: Tensor | None, like: Tensor, limit: float | 
     if log_scale is None:
         return like.new_full((), fixed)
     log_scale = log_scale.to(like.dtype)
-    capped_exp: Callable[..., Tensor] = _CappedExp.apply
     return log_scale.exp() if limit is None else capped_exp(log_scale, limit)
 
 
