@@ -297,6 +297,9 @@ class FusedStep:
     def _scatter(self, pairs: list[GradientPairs]) -> None:
         """Take the racy step of ``hogwild=True``."""
         weight, *bias = self._parameters
+        for p in self._parameters:
+            if p not in self.optimizer.state:  # or a checkpoint would lack the parameter
+                self.optimizer._complete(self._group(p), p, self.optimizer.state[p])
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             scatter_step_(each, weight.detach(), bias[0].detach() if bias else None, rate)
