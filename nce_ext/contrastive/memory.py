@@ -122,11 +122,12 @@ class CrossBatchMemory(nn.Module):
                 wanted, got = ("None", "a tensor") if stored is None else ("given", "None")
                 raise ValueError(f"{name} must be {wanted}, as in the first batch of this memory, got {got}")
         if not self._started:
-            if ids is not None:
-                self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
-            if log_q is not None:
-                wide = compute_dtype(self.stored_keys.dtype)
-                self.stored_log_q = torch.zeros(self.size, dtype=wide, device=device)
+            with torch.inference_mode(False):  # or no later batch could be stored outside of it
+                if ids is not None:
+                    self.stored_ids = torch.zeros(self.size, dtype=torch.int64, device=device)
+                if log_q is not None:
+                    wide = compute_dtype(self.stored_keys.dtype)
+                    self.stored_log_q = torch.zeros(self.size, dtype=wide, device=device)
             self._started = True
 
         kept = min(batch, self.size)
@@ -187,7 +188,8 @@ class CrossBatchMemory(nn.Module):
         """Load the buffers; those of ids and log q exist afterwards where the state has them."""
         for name in ("stored_ids", "stored_log_q") if prefix + "stored_keys" in state_dict else ():
             stored = state_dict.get(prefix + name)
-            given = None if stored is None else torch.zeros_like(stored, device=self.stored_keys.device)
+            with torch.inference_mode(False):
+                given = None if stored is None else torch.zeros_like(stored, device=self.stored_keys.device)
             setattr(self, name, given)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._started = int(self.filled) > 0

@@ -12,6 +12,11 @@ passes or of ``sparse="padded"``, are summed first, for which CUDA has to wait f
 16-bit weights have float32 state here. ``rounding="stochastic"`` rounds the new weight up or down at random, so that
 its expected value is right and steps smaller than the distance between two numbers are not lost; "master" keeps the
 weight in float32 beside it; "nearest" is what torch does. ``generator`` is the source of the random bits.
+
+A state holds tensors alone, of the parameter's shape, of one number a row or of none. ``state_dict`` and
+torch.distributed.checkpoint (``get_state_dict``, ``set_state_dict``, also with ``flatten_optimizer_state_dict=True``)
+resume a run bit for bit; a dense 16-bit parameter's state is float32 from loading until its next step. A state that is
+made by hand, by a step on dense zeros, takes that of 16-bit rows only if the rate of that step was 0.
 """
 
 from nce_ext.optim.rules import SGD, Adagrad, Adam, AdamW, RowwiseAdagrad

@@ -24,6 +24,7 @@ from nce_ext._ops.row_grad_step import row_grad_step_
 from nce_ext._ops.row_step import row_step_
 from nce_ext._ops.sampled_loss import SampledLossInputs, sampled_loss
 from nce_ext._ops.scatter_step import scatter_step_
+from nce_ext.optim.pairs import gather_pairs, merge_pairs
 from nce_ext.optim.row_optimizer import RowOptimizer, rows_of
 from nce_ext.optim.rules import SGD
 from nce_ext.reference.dtypes import compute_dtype
@@ -32,7 +33,6 @@ TWICE = (
     "a fused optimizer has taken its step for this graph already: backward cannot pass through it twice "
     "(retain_graph=True); loss_fn.unfuse_optimizer() brings gradients back"
 )
-_DIFFERENT = -1  # what a rank reports as its number of columns if its calls have several, and cannot be merged
 
 
 class FusedLoss(torch.autograd.Function):
@@ -262,11 +262,12 @@ class FusedStep:
     def _step(self, pairs: list[GradientPairs]) -> None:
         """Take one exact step on pairs and on the gradients that the parameters have."""
         if self.process_group is not None:
-            pairs = self._gather(pairs)
+            tied = any(p.grad is not None for p in self._parameters)
+            pairs = gather_pairs(pairs, self._parameters[0], self.process_group, tied=tied)
         gradients = [p.grad for p in self._parameters]
         if not pairs and all(gradient is None for gradient in gradients):
             return
-        merged = _merge(pairs) if pairs else None
+        merged = merge_pairs(pairs) if pairs else None
         for p in self._parameters:
             self.optimizer._check(self._group(p), p)
         if merged is not None and any(gradient is not None for gradient in gradients):
@@ -301,6 +302,9 @@ class FusedStep:
     def _scatter(self, pairs: list[GradientPairs]) -> None:
         """Take the racy step of ``hogwild=True``."""
         weight, *bias = self._parameters
+        for p in self._parameters:
+            if p not in self.optimizer.state:  # or a checkpoint would lack the parameter
+                self.optimizer._complete(self._group(p), p, self.optimizer.state[p])
         rate = float(self._group(weight)["lr"])
         for each in pairs:
             scatter_step_(each, weight.detach(), bias[0].detach() if bias else None, rate)
@@ -336,61 +340,6 @@ class FusedStep:
         rows = [rows_of(p.grad)[1].double() for p in self._parameters if p.grad is not None]
         norm: Tensor = torch.stack([values.norm() for values in rows]).norm()
         return norm.reshape(1)
-
-    def _gather(self, pairs: list[GradientPairs]) -> list[GradientPairs]:
-        """Gather the pairs of all ranks, in the order of ranks: all then take the same step, bit for bit."""
-        weight, size = self._parameters[0], dist.get_world_size(self.process_group)
-        tied = any(p.grad is not None for p in self._parameters)
-        dtype = _checks.FLOATS.index(pairs[0].hidden.dtype) if pairs else -1
-        n_rows, (width, *more) = sum(len(each.ids) for each in pairs), {each.ids.shape[1] for each in pairs} or {0}
-        own = torch.tensor([n_rows, _DIFFERENT if more else width, dtype, tied], device=weight.device)
-        counts = [torch.empty_like(own) for _ in range(size)]
-        dist.all_gather(counts, own, group=self.process_group)
-        rows, columns, dtypes, has_gradients = zip(*(count.tolist() for count in counts), strict=True)
-        if any(has_gradients):  # known to all, so that no rank is left waiting
-            raise RuntimeError(
-                "process_group must be None in fuse_optimizer with tied weights: other gradients are not exchanged"
-            )
-        if len({c for c in columns if c}) > 1 or _DIFFERENT in columns:
-            raise RuntimeError(
-                f"target must have as many positives, and k must be the same, on all ranks, got T + k = {columns}"
-            )
-        if not any(columns):
-            return []
-        empty = _empty(max(columns), weight, _checks.FLOATS[max(dtypes)])
-        if not any(rows):
-            return [empty]
-        parts = []
-        for t in _merge(pairs) if pairs else empty:
-            padded = t.new_zeros((max(rows), *t.shape[1:]))
-            padded[: len(t)] = t
-            everyone = [torch.empty_like(padded) for _ in range(size)]
-            dist.all_gather(everyone, padded, group=self.process_group)
-            parts.append([each[:count] for each, count in zip(everyone, rows, strict=True)])
-        return [GradientPairs(*each) for each in zip(*parts, strict=True)]
-
-
-def _merge(pairs: list[GradientPairs]) -> GradientPairs:
-    """Join the pairs of several calls of the loss into those of one."""
-    if len(pairs) == 1:
-        return pairs[0]
-    columns = sorted({each.ids.shape[1] for each in pairs})
-    if len(columns) > 1:
-        raise RuntimeError(
-            f"target must have as many positives, and k must be the same, in one step, got T + k = {columns}"
-        )
-    return GradientPairs(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
-
-
-def _empty(columns: int, weight: Tensor, hidden_dtype: torch.dtype) -> GradientPairs:
-    """Pairs of no example, which a rank sends that has none."""
-    compute = compute_dtype(weight.dtype)
-    return GradientPairs(
-        torch.empty((0, columns), dtype=torch.int32, device=weight.device),
-        torch.empty((0, columns), dtype=compute, device=weight.device),
-        torch.empty(0, dtype=compute, device=weight.device),
-        torch.empty((0, weight.shape[1]), dtype=hidden_dtype, device=weight.device),
-    )
 
 
 def fuse(weight: nn.Parameter, bias: nn.Parameter | None, optimizer: Any, **options: Any) -> FusedStep:

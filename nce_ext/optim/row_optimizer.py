@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,22 +15,25 @@ from nce_ext._ops.row_grad import coalesce
 from nce_ext._ops.row_step import row_step_
 from nce_ext._ops.sample import draw_seed
 from nce_ext._tables.pages import empty_table
+from nce_ext.optim.row_state import (
+    NARROW,
+    OF_ROWS,
+    Kept,
+    adopt,
+    counted,
+    flag,
+    is_zero,
+    no_decay_yet,
+    shaped,
+    stepped_by_rows,
+    touches,
+    wide,
+)  # fmt: skip
 from nce_ext.reference.dtypes import compute_dtype
 from nce_ext.reference.row_step import SGD, Hyperparameters, RowState, RowStep
 
 ROUNDINGS = ("stochastic", "nearest", "master")
 BIAS_CORRECTIONS = ("row", "global")
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-@dataclass
-class _Kept:
-    """Wrapper that takes a tensor through torch's ``load_state_dict`` unchanged.
-
-    torch casts every tensor of a state to its parameter's dtype, and rebuilds whatever can be iterated over.
-    """
-
-    tensor: Tensor
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -39,9 +41,16 @@ class RowOptimizer(torch.optim.Optimizer):
 
     A parameter is stepped by rows from its first sparse gradient on, and from then on by dense gradients too, which
     touch every row. All other parameters are stepped by torch's own code. Subclasses name this class before torch's.
+
+    ``state_dict`` has the same entries for both kinds, tensors of the parameter's shape, of one number a row or of no
+    dimension. So has the state of a parameter whose first gradient is dense, until the second: what a step on zeros has
+    made, as torch.distributed.checkpoint does, takes the state of either kind.
     """
 
     _dense_optimizer: type[torch.optim.Optimizer] | None = None  # whose step serves the other parameters
+    _dense_steps_count = True  # whether torch's state has "step"
+    _step_supports_amp_scaling: bool
+    _one_number_a_row = False  # whether the rule's states are [V], and not of the parameter's shape
 
     def _options_of_rows(self, rounding: str, generator: torch.Generator | None, **more: Any) -> None:
         """Complete the constructor of torch's optimizer by options that it does not know."""
@@ -52,6 +61,12 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._row_defaults.items():
                 group.setdefault(name, value)
+            for p in group["params"]:
+                if self.state.get(p):  # torch's Adagrad has it from the start, in the parameter's type
+                    self._present(group, p, fresh=True)
+                    for table in self._tables(group):
+                        if table in self.state[p] and p.dtype in NARROW:
+                            self.state[p][table] = self._fresh(group, p, torch.float32)
         # Or GradScaler would leave the scaling of gradients to a fused optimizer, which does it for dense ones alone.
         self._step_supports_amp_scaling = False
 
@@ -74,9 +89,13 @@ class RowOptimizer(torch.optim.Optimizer):
         """Tell whether the rule depends on how often a row has been touched."""
         return False
 
+    def _decays(self, group: dict[str, Any]) -> bool:
+        """Tell whether the rule has decoupled decay."""
+        return False
+
     def _decay(self, group: dict[str, Any]) -> float:
         """Compute the share of a weight that decoupled decay takes in a step."""
-        return 0.0
+        return float(group["lr"]) * float(group["weight_decay"]) if self._decays(group) else 0.0
 
     def _refusal(self, group: dict[str, Any]) -> str | None:
         """Say why parameters of a group cannot be stepped by rows; None if they can."""
@@ -86,9 +105,9 @@ class RowOptimizer(torch.optim.Optimizer):
         """Choose the value of all elements of a new state."""
         return 0.0
 
-    def _shape(self, weight: Tensor) -> tuple[int, ...]:
-        """Choose the shape of a state for a weight [V, D]."""
-        return tuple(weight.shape)
+    def _shape(self, p: Tensor) -> torch.Size:
+        """Choose the shape of the rule's states."""
+        return p.shape[:1] if self._one_number_a_row else p.shape
 
     # Stepping.
 
@@ -99,14 +118,24 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_rows = [
-            (group, p)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and self._steps_by_rows(p)
-        ]
+        by_rows, presented, new = [], [], []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state.get(p)
+                if self._steps_by_rows(p, state):
+                    by_rows.append((group, p))
+                elif state is None:
+                    new.append((group, p))
+                elif "by_rows" in state:
+                    presented.append((p, state))
+                    if self._is_first(state):
+                        new.append((group, p))
         for group, p in by_rows:
             self._check(group, p)
+        for p, state in presented:
+            self._return_to_torch(p, state)
         gradients = [p.grad for _, p in by_rows]
         try:
             for _, p in by_rows:
@@ -115,14 +144,16 @@ class RowOptimizer(torch.optim.Optimizer):
         finally:
             for (_, p), gradient in zip(by_rows, gradients, strict=True):
                 p.grad = gradient
+        for group, p in new:
+            self._present(group, p, fresh=self._is_on_nothing(group, p))
         for group, p in by_rows:
             classes, rows = rows_of(p.grad)
             row_step_(self._prepare(group, p), classes, rows)
         return loss
 
-    def _steps_by_rows(self, p: Tensor) -> bool:
+    def _steps_by_rows(self, p: Tensor, state: dict[str, Any] | None) -> bool:
         """Tell whether a parameter with a gradient is stepped by rows, and not by torch."""
-        return p.grad.is_sparse or bool(self.state.get(p, {}).get("by_rows"))  # type: ignore[union-attr]
+        return p.grad.is_sparse or stepped_by_rows(state)  # type: ignore[union-attr]
 
     def _step_dense(self) -> None:
         """Run torch's step on the parameters that have a gradient now."""
@@ -158,55 +189,117 @@ class RowOptimizer(torch.optim.Optimizer):
         """Count a step that was checked, and collect what it needs; states that are missing are made."""
         state = self.state[p]
         weight = as_rows(p)
-        self._complete(group, p, state, weight)
+        self._complete(group, p, state)
         state["step"] += 1
         decay = self._decay(group)
         if "decayed" in state and decay:
             state["log_decay"] += math.log1p(-decay)
         return RowStep(
-            weight, self._row_state(group, state), self._hyperparameters(group, state), self._seed(group, weight, state)
-        )
+            weight, self._row_state(group, p, state, weight), self._hyperparameters(group, state),
+            self._seed(group, weight, state),
+        )  # fmt: skip
 
     def _seed(self, group: dict[str, Any], weight: Tensor, state: dict[str, Any]) -> Tensor | None:
         """Draw the seed of stochastic rounding; None where the weight is not rounded at random."""
-        if weight.dtype not in _NARROW or group["rounding"] != "stochastic" or "master" in state:
+        if weight.dtype not in NARROW or group["rounding"] != "stochastic" or "master" in state:
             return None
         return draw_seed(weight.device, self._generator)
 
-    def _row_state(self, group: dict[str, Any], state: dict[str, Any]) -> RowState:
-        """Collect the tensors of a parameter's state in the form that a step takes."""
+    def _row_state(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], weight: Tensor) -> RowState:
+        """Collect the tensors of a parameter's state in the form that a step takes, [V, D] and [V]."""
         first, second = (None if name is None else state[name] for name in self._tables(group))
-        return RowState(first, second, state.get("row_step"), state.get("decayed"), state.get("master"))
+        if p.dim() == 2:
+            return RowState(first, second, state.get("row_step"), state.get("decayed"), state.get("master"))
+        of_weight, of_rows = weight.shape, weight.shape[:1]
+        of_tables = of_rows if self._one_number_a_row else of_weight
+        return RowState(
+            shaped(first, of_tables), shaped(second, of_tables), shaped(state.get("row_step"), of_rows),
+            shaped(state.get("decayed"), of_rows), shaped(state.get("master"), of_weight),
+        )  # fmt: skip
 
-    def _complete(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], weight: Tensor) -> None:
+    def _complete(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         """Make the states that a step by rows needs and that are missing: fresh, or out of torch's dense ones."""
-        compute = compute_dtype(p.dtype)
-        if not state.get("by_rows") and p.dtype in _NARROW and state.get("step") == 0:
-            state.clear()  # the sum that torch's Adagrad makes in its constructor is of 16 bits, too
-        continued = any(name is not None and state.get(name) is not None for name in self._tables(group))
-        if not state.get("by_rows"):
-            state["by_rows"] = True
-            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu().clone()
+        if not stepped_by_rows(state):
+            self._begin_rows(group, p, state)
+        compute, shape = compute_dtype(p.dtype), self._shape(p)
         for name in self._tables(group):
             if name is None:
                 continue
-            if state.get(name) is None:
-                state[name] = self._fresh(group, weight, compute)
-            else:
-                state[name] = state[name].to(compute).reshape(self._shape(weight)).contiguous()
+            table = state.get(name)
+            if table is None:
+                state[name] = self._fresh(group, p, compute)
+            elif table.dtype != compute or table.shape != shape or not table.is_contiguous():
+                state[name] = table.to(compute).reshape(shape).contiguous()
         if self._counts_touches(group) and "row_step" not in state:
-            touches = max(int(state["step"]), 1) if continued else 0  # torch's SGD does not count
-            state["row_step"] = torch.full(weight.shape[:1], touches, dtype=torch.int32, device=p.device)
-        if self._decay(group) and "decayed" not in state:
-            state["log_decay"] = 0.0
-            state["decayed"] = torch.zeros(weight.shape[0], dtype=torch.float64, device=p.device)
-        if p.dtype in _NARROW and group["rounding"] == "master" and "master" not in state:
-            state["master"] = weight.float()
+            state["row_step"] = touches(p, 0)
+        if self._decays(group) and "decayed" not in state:
+            state.update(no_decay_yet(p))
+        if p.dtype in NARROW and group["rounding"] == "master" and "master" not in state:
+            state["master"] = wide(p)
 
-    def _fresh(self, group: dict[str, Any], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def _begin_rows(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """Make a state that a sparse gradient continues out of torch's, or of none."""
+        for name in OF_ROWS:
+            state.pop(name, None)
+        step = state.get("step", 0.0)
+        state["by_rows"], state["step"] = flag(True), counted(step)
+        if self._counts_touches(group) and any(name and state.get(name) is not None for name in self._tables(group)):
+            state["row_step"] = touches(p, max(int(step), 1))  # torch's SGD does not count
+
+    # States of parameters that no sparse gradient has reached.
+
+    def _entries_of_rows(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """Make what a state of rows has and torch's has not, for a parameter that torch steps; {} if only torch can."""
+        if type(p) not in (Tensor, torch.nn.Parameter) or not p.is_floating_point() or self._refusal(group):
+            return {}
+        entries = {"by_rows": flag(False)}
+        if not self._dense_steps_count:
+            entries["step"] = counted(0)
+        if self._counts_touches(group):
+            entries["row_step"] = touches(p, 0)
+        if self._decays(group):
+            entries.update(no_decay_yet(p))
+        if p.dtype in NARROW and group["rounding"] == "master":
+            entries["master"] = p.detach()  # no memory
+        return entries
+
+    def _present(self, group: dict[str, Any], p: Tensor, *, fresh: bool) -> None:
+        """Complete a state that torch has just made, so that one of rows can be loaded into it.
+
+        A ``fresh`` one, which has seen no gradient or one of zeros, is float32 also for 16 bits, as that of rows is.
+        """
+        entries = self._entries_of_rows(group, p)
+        if not entries:
+            return
+        state = self.state[p]
+        state.update(entries)
+        if fresh and p.dtype in NARROW:
+            for name in (*self._tables(group), "master"):
+                if name in state:
+                    state[name] = wide(state[name])
+
+    def _is_first(self, state: dict[str, Any]) -> bool:
+        """Tell whether a state that :meth:`_present` has completed has seen no step."""
+        return self._dense_steps_count and is_zero(state["step"])
+
+    def _is_on_nothing(self, group: dict[str, Any], p: Tensor) -> bool:
+        """Tell whether a step on 16 bits is of the kind that torch.distributed.checkpoint makes states by."""
+        return p.dtype in NARROW and is_zero(group["lr"]) and not bool(p.grad.any())  # type: ignore[union-attr]
+
+    def _return_to_torch(self, p: Tensor, state: dict[str, Any]) -> None:
+        """Undo :meth:`_present`: another dense gradient has come."""
+        for name in OF_ROWS if self._dense_steps_count else (*OF_ROWS, "step"):
+            state.pop(name, None)
+        if p.dtype in NARROW:
+            for name, value in state.items():
+                if name != "step" and isinstance(value, Tensor):
+                    state[name] = value.to(p.dtype)
+
+    @torch.inference_mode(False)
+    def _fresh(self, group: dict[str, Any], p: Tensor, dtype: torch.dtype) -> Tensor:
         """Make a state that no step has changed yet."""
-        shape = self._shape(weight)
-        table = empty_table(shape[0], math.prod(shape[1:]), weight.device, dtype)
+        shape = self._shape(p)
+        table = empty_table(math.prod(shape[:1]), math.prod(shape[1:]), p.device, dtype)
         return table.fill_(self._initial(group)).view(shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -222,16 +315,27 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p, {})
-                if "decayed" not in state:
+                if "decayed" not in state or not stepped_by_rows(state):
                     continue
                 weight = as_rows(p)
                 nothing = weight.new_zeros((1, weight.shape[1])).expand_as(weight)
-                only_decay = RowState(decayed=state["decayed"], master=state.get("master"))
-                hyperparameters = Hyperparameters(SGD, 1, 0.0, log_decay=state["log_decay"])
+                _, _, _, decayed, master = self._row_state(group, p, state, weight)
+                only_decay = RowState(decayed=decayed, master=master)
+                hyperparameters = Hyperparameters(SGD, 1, 0.0, log_decay=float(state["log_decay"]))
                 step = RowStep(weight, only_decay, hyperparameters, self._seed(group, weight, state))
                 row_step_(step, None, nothing)
 
     # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state_dict, in which dense parameters have the entries of those that are stepped by rows."""
+        state_dict = super().state_dict()
+        state = dict(state_dict["state"])
+        parameters = ((group, p) for group in self.param_groups for p in group["params"])
+        for number, (group, p) in enumerate(parameters):
+            if "by_rows" not in state.get(number, ("by_rows",)):
+                state[number] = {**state[number], **self._entries_of_rows(group, p)}
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, but leave the states of rows their dtypes: only their device is the parameter's.
@@ -239,13 +343,13 @@ class RowOptimizer(torch.optim.Optimizer):
         The state of torch's optimizer of the same name is accepted, too; all rows then count as touched at every step.
         """
         state = {
-            index: {
-                name: _Kept(value) if isinstance(value, Tensor) and name != "step" else value
+            number: {
+                name: Kept(value) if isinstance(value, Tensor) and name != "step" else value
                 for name, value in of_parameter.items()
             }
-            if isinstance(of_parameter, dict) and of_parameter.get("by_rows")
+            if isinstance(of_parameter, dict) and "by_rows" in of_parameter
             else of_parameter
-            for index, of_parameter in state_dict["state"].items()
+            for number, of_parameter in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
 
@@ -255,20 +359,12 @@ class RowOptimizer(torch.optim.Optimizer):
             for name, value in self.__dict__.get("_row_defaults", {}).items():
                 group.setdefault(name, value)
         for p, of_parameter in self.state.items():
-            if not of_parameter.get("by_rows"):
-                continue
-            of_parameter["step"] = torch.as_tensor(of_parameter["step"], dtype=torch.float32).cpu().clone()
-            for name, value in of_parameter.items():
-                if isinstance(value, _Kept):
-                    of_parameter[name] = self._place(p, name, value.tensor)
-            if p.dtype not in _NARROW:
-                of_parameter.pop("master", None)
+            if "by_rows" in of_parameter:
+                self._adopt(p, of_parameter)
 
-    @staticmethod
-    def _place(p: Tensor, name: str, value: Tensor) -> Tensor:
-        """Move a loaded state to the device of its parameter, and to the dtype that steps compute in."""
-        exact = not value.is_floating_point() or name in ("decayed", "master")
-        return value.to(p.device, value.dtype if exact else compute_dtype(p.dtype))
+    def _adopt(self, p: Tensor, state: dict[str, Any]) -> None:
+        """Give the entries of a loaded state the types and shapes that a step expects."""
+        adopt(p, state, self._shape(p))
 
 
 def check_options(group: dict[str, Any]) -> None:

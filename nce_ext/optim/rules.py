@@ -33,6 +33,7 @@ class SGD(RowOptimizer, torch.optim.SGD):
     """
 
     _dense_optimizer = torch.optim.SGD
+    _dense_steps_count = False
 
     def __init__(
         self,
@@ -144,6 +145,8 @@ class RowwiseAdagrad(RowOptimizer):
         ValueError: a learning rate, decay, accumulator or eps below 0; a gradient with more than one sparse dimension.
     """
 
+    _one_number_a_row = True
+
     def __init__(
         self,
         params: Any,
@@ -167,14 +170,11 @@ class RowwiseAdagrad(RowOptimizer):
         super().__init__(params, defaults)
         self._options_of_rows(rounding, generator)
 
-    def _steps_by_rows(self, p: torch.Tensor) -> bool:
+    def _steps_by_rows(self, p: torch.Tensor, state: dict[str, Any] | None) -> bool:
         return True
 
     def _tables(self, group: dict[str, Any]) -> tuple[str | None, str | None]:
         return None, "sum"
-
-    def _shape(self, weight: torch.Tensor) -> tuple[int, ...]:
-        return tuple(weight.shape[:1])
 
     def _initial(self, group: dict[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
@@ -201,15 +201,15 @@ class _LazyAdam(RowOptimizer):
             return "amsgrad must be False for sparse gradients, got True"
         return super()._refusal(group)
 
-    def _decay(self, group: dict[str, Any]) -> float:
-        return float(group["lr"]) * float(group["weight_decay"]) if group["decoupled_weight_decay"] else 0.0
+    def _decays(self, group: dict[str, Any]) -> bool:
+        return bool(group["decoupled_weight_decay"] and group["weight_decay"])
 
     def _hyperparameters(self, group: dict[str, Any], state: dict[str, Any]) -> Hyperparameters:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         coupled = 0.0 if group["decoupled_weight_decay"] else float(group["weight_decay"])
         return Hyperparameters(
-            ADAM, int(state["step"]), float(group["lr"]), coupled, log_decay=state.get("log_decay", 0.0), beta1=beta1,
-            beta2=beta2, eps=group["eps"], maximize=group["maximize"],
+            ADAM, int(state["step"]), float(group["lr"]), coupled, log_decay=float(state.get("log_decay", 0)),
+            beta1=beta1, beta2=beta2, eps=group["eps"], maximize=group["maximize"],
         )  # fmt: skip
 
 

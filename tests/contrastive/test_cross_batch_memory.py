@@ -238,3 +238,21 @@ def test_nothing_waits_for_the_device():
     for _ in range(4):
         memory.enqueue(keys, keys[:, 0].long(), keys[:, 0])
     assert memory.padded().mask.shape == (11,)
+
+
+def test_inference_mode_leaves_a_memory_that_can_be_written():
+    """Whichever of its buffers are made there: by a first batch, by loading, after a reset."""
+    memory, loaded = CrossBatchMemory(4, D), CrossBatchMemory(4, D)
+    with torch.inference_mode():
+        memory.enqueue(*batch_of(0, 2))
+        loaded.load_state_dict(memory.state_dict())
+    for m in (memory, loaded):
+        m.enqueue(*batch_of(2, 3))
+        assert sorted(m.ids.tolist()) == [1, 2, 3, 4]
+        with torch.inference_mode():
+            m.reset()
+            m.enqueue(*batch_of(5, 1))
+        m.enqueue(*batch_of(6, 1))
+        assert m.ids.tolist() == [5, 6]
+        assert m.log_q.tolist() == [-5, -6]
+        assert not any(buffer.is_inference() for buffer in m.buffers())

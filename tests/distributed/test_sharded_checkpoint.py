@@ -20,7 +20,7 @@ def run(ranks: int, folder: Path, *what: str) -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    run(2, tmp_path, "save:by2", "load:by2")
+    run(2, tmp_path, "save:by2", "load:by2", "resume")
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_state_moves_into_tables_of_other_types(name, source, target):
             if not torch.is_tensor(value):
                 assert got == value
                 continue
-            exact = key in ("step", "row_step", "decayed")
+            exact = key in ("step", "row_step", "decayed", "by_rows", "log_decay")
             assert got.dtype == (value.dtype if exact else wanted), key
             assert torch.equal(got, value.to(got.dtype)), key
     train(loaded, 2, seed=2)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from nce_ext.optim.row_optimizer import RowOptimizer
+
 
 class ShardedState(nn.Module):
     """Module whose ``weight`` and ``bias`` are the rows ``first .. last - 1`` of tables of ``n_classes`` rows.
@@ -76,8 +78,10 @@ class ShardedState(nn.Module):
             loss_fn.load_state_dict(state["model"])
             loss_fn.load_optimizer_state_dict(optimizer, state["optimizer"])
         """
+        states = optimizer.state_dict()["state"]
+        numbers = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         return {
-            name: {key: self._as_checkpointed(parameter, value) for key, value in optimizer.state[parameter].items()}
+            name: {key: self._as_checkpointed(parameter, value) for key, value in states[numbers[parameter]].items()}
             for name, parameter in self._tables()
             if parameter in optimizer.state
         }
@@ -86,10 +90,12 @@ class ShardedState(nn.Module):
         """Give ``optimizer`` the state of ``weight`` and ``bias`` that :meth:`optimizer_state_dict` has made."""
         for name, parameter in self._tables():
             if name in state:
-                optimizer.state[parameter] = {
+                optimizer.state[parameter] = own = {
                     key: self._own_rows(value) if isinstance(value, DTensor) else value
                     for key, value in state[name].items()
                 }
+                if isinstance(optimizer, RowOptimizer) and "by_rows" in own:
+                    optimizer._adopt(parameter, own)
 
     def _tables(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in (("weight", self.weight), ("bias", self.bias)) if p is not None]

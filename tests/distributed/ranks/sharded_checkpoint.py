@@ -1,6 +1,6 @@
 """Run by each rank: save what other numbers of ranks load, and load what they have saved, bit for bit.
 
-Arguments: a folder, and what is done there, each by a word: "save:NAME", "load:NAME", "train" or "continue".
+Arguments: a folder, and what is done there, each by a word: "save:NAME", "load:NAME", "train", "continue" or "resume".
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_state_dict,
     set_model_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -126,6 +128,7 @@ def train(loss: ShardedLoss, optimizer: torch.optim.Optimizer, steps: range) -> 
 
 OPTIMIZERS = {
     "adamw": lambda p: nce_ext.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "adamw, dense": lambda p: nce_ext.optim.AdamW(p, lr=0.1, weight_decay=0.1),
     "rowwise": lambda p: nce_ext.optim.RowwiseAdagrad(p, lr=0.1),
     "sparse adam": lambda p: torch.optim.SparseAdam(p, lr=0.1),
 }
@@ -134,7 +137,7 @@ OPTIMIZERS = {
 def trained(mesh: DeviceMesh, name: str) -> tuple[ShardedLoss, torch.optim.Optimizer]:
     torch.manual_seed(2)
     with torch.device("meta"):
-        whole = nce_ext.NCELoss(3, 3000, NOISE, 5, sparse=True, dtype=torch.float64)
+        whole = nce_ext.NCELoss(3, 3000, NOISE, 5, sparse="dense" not in name, dtype=torch.float64)
     loss = shard(whole, mesh)
     return loss, OPTIMIZERS[name](loss.parameters())
 
@@ -172,6 +175,36 @@ def continue_training(folder: Path, mesh: DeviceMesh) -> None:
             assert torch.allclose(got, expected[key], rtol=1e-11, atol=1e-13), (name, key)
 
 
+def resume(folder: Path) -> None:
+    """A model that all ranks have, through PyTorch's own functions for the state of models and optimizers."""
+
+    def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        loss = nce_ext.NCELoss(3, 3000, NOISE, 5, sparse=True)
+        whole = nn.ModuleDict({"trunk": nn.Linear(4, 3), "loss": loss})
+        return whole, nce_ext.optim.AdamW(whole.parameters(), lr=0.1, weight_decay=0.1)
+
+    def steps(whole: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            torch.manual_seed(number)
+            hidden, target = whole["trunk"](torch.randn(12, 4)), torch.randint(3000, (12,))
+            optimizer.zero_grad()
+            whole["loss"](hidden, target, seed=torch.tensor([number, 1])).backward()
+            optimizer.step()
+
+    first, resumed = start(1), start(2)
+    steps(*first, range(3))
+    of_model, of_optimizer = get_state_dict(*first)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder / "resumed")
+    of_model, of_optimizer = get_state_dict(*resumed)
+    state = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(state, checkpoint_id=folder / "resumed")
+    set_state_dict(*resumed, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for each in (first, resumed):
+        steps(*each, range(3, 6))
+    assert_equal(resumed[0].state_dict(), first[0].state_dict())
+
+
 def check(own: nn.ModuleDict, expected: dict[str, Tensor]) -> None:
     """The parameters themselves, and what they are used for."""
     for name, loss in own.items():
@@ -204,6 +237,8 @@ if __name__ == "__main__":
         verb, _, what = argument.partition(":")
         if argument == "train":
             checks[argument] = lambda: save_training(path, of_all_ranks)
+        elif argument == "resume":
+            checks[argument] = lambda: resume(path)
         elif argument == "continue":
             checks[argument] = lambda: continue_training(path, of_all_ranks)
         elif verb == "save":
