@@ -35,6 +35,8 @@ NCE_INLINE void interleave(Part even, Part odd, uint64_t* out) {
 #endif
 }
 
+NCE_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
+
 constexpr int kPairs = kLanes / 2;  // one Philox call gives the two draws of a pair of slots
 
 // Philox4x32-10 of counters (pair[i], example[i], nonce); each 32-bit word sits in a 64-bit lane whose upper half may
@@ -119,8 +121,10 @@ struct DrawStream {
   }
 };
 
-static void sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids) {
+// False if an alias of the table is out of range.
+static bool sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids) {
   DrawStream stream{noise, seed, columns};
+  uint32_t largest = 0;
   for (int64_t i = begin; i < end;) {
     const DrawStream::Run run = stream.from(i / columns, i % columns);
     const int64_t n = run.count < end - i ? run.count : end - i;
@@ -131,9 +135,11 @@ static void sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin
       for (int64_t j = 0; j < n; ++j) ids[i + j] = bucket_of(noise, bits[j]).index;
     } else {
       for (int64_t j = 0; j < n; ++j) ids[i + j] = draw(noise, bits[j]).id;
+      for (int64_t j = 0; j < n; ++j) largest = larger(largest, static_cast<uint32_t>(ids[i + j]));
     }
     i += n;
   }
+  return static_cast<int64_t>(largest) < noise.n_classes;
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE
