@@ -124,7 +124,9 @@ struct DrawStream {
 // False if an alias of the table is out of range.
 static bool sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids) {
   DrawStream stream{noise, seed, columns};
-  uint32_t largest = 0;
+  constexpr int64_t kLook = 1024;
+  const int64_t last = noise.n_classes - 1;
+  int64_t looked = begin, signs = 0;  // negative if an id is, or is above the last
   for (int64_t i = begin; i < end;) {
     const DrawStream::Run run = stream.from(i / columns, i % columns);
     const int64_t n = run.count < end - i ? run.count : end - i;
@@ -135,11 +137,14 @@ static bool sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin
       for (int64_t j = 0; j < n; ++j) ids[i + j] = bucket_of(noise, bits[j]).index;
     } else {
       for (int64_t j = 0; j < n; ++j) ids[i + j] = draw(noise, bits[j]).id;
-      for (int64_t j = 0; j < n; ++j) largest = larger(largest, static_cast<uint32_t>(ids[i + j]));
     }
     i += n;
+    // Ids are looked at in long runs, while they are in the nearest cache.
+    if (noise.kind == NoiseKind::kAlias && (i - looked >= kLook || i == end)) {
+      for (; looked < i; ++looked) signs |= ids[looked] | (last - ids[looked]);
+    }
   }
-  return static_cast<int64_t>(largest) < noise.n_classes;
+  return signs >= 0;
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE
