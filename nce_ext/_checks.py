@@ -41,6 +41,13 @@ def instance(name: str, value: object, cls: type[T], wanted: str) -> T:
     return value
 
 
+def plain(value: Any) -> Any:
+    """Return the Python number that a numpy scalar stands for; any other value as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise unless the value is one of the allowed ones."""
     if value not in allowed:
@@ -55,7 +62,9 @@ def reduction(value: object) -> None:
 def count(name: str, value: object, low: int, high: int | None = None, *, wanted: str | None = None) -> int:
     """Raise unless the value is an int in low .. high, and return it; ``wanted`` replaces the bounds in the message."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {describe(value)}")
+        value = plain(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
     if value < low or (high is not None and value > high):
         bounds = f">= {low}" if high is None else f"in {low} .. {high}"
         raise ValueError(f"{name} must be {wanted or bounds}, got {value}")
@@ -82,7 +91,7 @@ def number(
         wanted: what the message says is allowed, in place of the bounds. A value of another type is then a ValueError
             with this message, and not a TypeError.
     """
-    value = _converted(value) if convert else value
+    value = _converted(value) if convert else plain(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         if wanted is None:
             raise TypeError(f"{name} must be a number, got {describe(value)}")
@@ -185,6 +194,10 @@ class Law(Protocol):
 
     def log_prob(self, ids: Tensor) -> Tensor: ...
 
+    def check_table(self) -> None: ...
+
+    def materialise(self, device: torch.device) -> bool: ...
+
 
 LawT = TypeVar("LawT", bound=Law)
 
@@ -232,10 +245,12 @@ def noise_of(noise: object, cls: type[LawT], weight: Tensor, device: torch.devic
     """
     noise = instance("noise", noise, cls, "an nce_ext.noise distribution")
     device = device or weight.device
-    if noise.table.device != device:
-        raise ValueError(f"noise must be on hidden's device {device}, got {noise.table.device}; use noise.to()")
+    if noise.table.device != device and not noise.materialise(device):
+        advice = "load its state_dict with assign=True" if noise.table.is_meta else "use noise.to()"
+        raise ValueError(f"noise must be on hidden's device {device}, got {noise.table.device}; {advice}")
     if noise.n_classes != weight.shape[0]:
         raise ValueError(f"noise must have weight's {weight.shape[0]} classes, got {noise.n_classes}")
+    noise.check_table()
     return noise
 
 
@@ -331,19 +346,21 @@ def log_q_dtype(value: object) -> None:
 
 def power(value: object) -> float:
     """Raise unless the value is an exponent for counts; return it. True and False are taken as 1 and 0."""
-    plain = int(value) if isinstance(value, bool) else value
-    return float(number("power", plain, 0, wanted="a finite number >= 0"))
+    value = plain(value)
+    exponent = int(value) if isinstance(value, bool) else value
+    return float(number("power", exponent, 0, wanted="a finite number >= 0"))
 
 
 def counts(value: Any) -> Tensor:
     """Raise unless the value is a list of frequencies of classes; return it as a float64 tensor on the CPU."""
     try:
-        # numpy reads Python numbers as float64; torch would make them float32.
-        weights = torch.as_tensor(value if isinstance(value, Tensor) else np.asarray(value))
+        weights = value if isinstance(value, Tensor) else torch.as_tensor(_host_array(value), device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"counts must be a 1-D tensor, array or sequence of numbers ({error})") from None
     if weights.is_complex() or weights.is_sparse:
         raise TypeError(f"counts must be dense real numbers, got {describe(weights)}")
+    if weights.is_meta:
+        raise ValueError(f"counts must be on a device with memory, got {describe(weights)} on meta")
     if weights.dim() != 1:
         raise ValueError(f"counts must be 1-D, got shape {list(weights.shape)}")
     if not 1 <= len(weights) <= MAX_CLASSES:
@@ -358,8 +375,18 @@ def counts(value: Any) -> Tensor:
     return weights
 
 
-def trials(value: int | Tensor, device: torch.device) -> None:
-    """Raise unless the value is a number of draws: an int, or an integer scalar tensor on the device."""
+def _host_array(value: Any) -> np.ndarray[Any, Any]:
+    """Return numbers as an array that torch takes: of any byte order and strides before, float64 if they are real.
+
+    numpy reads Python numbers as float64; torch would make them float32.
+    """
+    array = np.asarray(value)
+    return np.array(array, dtype=np.float64, order="C") if array.dtype.kind in "biuf" else array
+
+
+def trials(value: int | Tensor, device: torch.device) -> int | Tensor:
+    """Raise unless the value is a number of draws: an int, or an integer scalar tensor on the device; return it."""
+    value = plain(value)
     integer = value.dtype in INTEGERS if isinstance(value, Tensor) else type(value) is not bool
     if not integer or not isinstance(value, (int, torch.SymInt, Tensor)):
         raise TypeError(f"trials must be an int or an integer scalar tensor, got {describe(value)}")
@@ -369,6 +396,7 @@ def trials(value: int | Tensor, device: torch.device) -> None:
         if value.dim():
             raise ValueError(f"trials must be a scalar, got shape {list(value.shape)}")
         if value.device.type != "cpu" or not values_are_checked(value.device):
-            return
+            return value
     if value < 0:
         raise ValueError(f"trials must be >= 0, got {int(value)}")
+    return value

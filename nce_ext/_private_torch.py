@@ -57,7 +57,7 @@ def call_after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -
 
 def version(tensor: Tensor) -> int:
     """Count the in-place changes of a tensor, to see whether something derived from it is still true."""
-    return tensor._version
+    return -1 if tensor.is_inference() else tensor._version  # in inference mode nothing is counted
 
 
 # The autograd engine. Public hooks see one tensor or one node; a fused step needs the pass as a whole.

@@ -196,7 +196,7 @@ def _check_tensors(named: dict[str, Tensor], log_z: float | Tensor) -> None:
     if isinstance(log_z, Tensor):
         named = {**named, "log_z": log_z}
     else:
-        _checks.number("log_z", log_z, wanted="a finite number or a tensor")
+        log_z = _checks.number("log_z", log_z, wanted="a finite number or a tensor")
     first = next(iter(named))
     device = named[first].device
     for name, value in named.items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nce_ext import _checks
 from nce_ext._ops.row_grad import GradientPairs
 from nce_ext._ops.sampled_loss import sampled_loss
 from nce_ext._ops.scatter_step import scatter_step_
@@ -300,12 +300,7 @@ def hogwild_sgd_(
         As :func:`nce_loss`. TypeError: a weight that is not float32, on CUDA. On CUDA an example with a bad id changes
         nothing and has loss NaN.
     """
-    if (
-        isinstance(learning_rate, bool)
-        or not isinstance(learning_rate, (int, float))
-        or not math.isfinite(learning_rate)
-    ):
-        raise ValueError(f"learning_rate must be a finite number, got {learning_rate!r}")
+    learning_rate = _checks.number("learning_rate", learning_rate, wanted="a finite number")
     options: dict[str, Any] = dict(
         bias=bias, shared=shared, correction=correction, log_z=log_z, remove_hits=remove_hits,
         candidate_reduction=candidate_reduction, positive_label=positive_label, ignore_index=ignore_index,

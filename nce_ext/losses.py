@@ -22,6 +22,7 @@ from nce_ext._sampled.arguments import (
     softmax_objective,
 )
 from nce_ext._sampled.loss import reduced_loss
+from nce_ext._sampled.resize import initial_bias, initialise_weight, resize_classes
 from nce_ext._tables.pages import empty_table
 from nce_ext._tables.pinned import PinnedTables
 from nce_ext.noise import Noise
@@ -59,14 +60,15 @@ class _SampledLoss(PinnedTables):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _checks.count("in_features", in_features, 1)
-        self.n_classes = _checks.count("n_classes", n_classes, 1, 2**31 - 1)
+        self.in_features = in_features = _checks.count("in_features", in_features, 1)
+        self.n_classes = n_classes = _checks.count("n_classes", n_classes, 1, 2**31 - 1)
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be an nce_ext.noise distribution, got {describe(noise)}")
         if noise.n_classes != n_classes:
             raise ValueError(f"noise must have n_classes = {n_classes} classes, got {noise.n_classes}")
         self.num_negatives = _checks.count("num_negatives", num_negatives, 0, 2**20)
-        check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+        ignore_index = check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+        shared, unique, sparse, remove_hits, log_z = map(_checks.plain, (shared, unique, sparse, remove_hits, log_z))
         objective = self._objective()
         check_unique(unique, correction, objective)
         check_objective(objective, remove_hits, candidate_reduction, log_z, correction)
@@ -94,17 +96,11 @@ class _SampledLoss(PinnedTables):
     def reset_parameters(self) -> None:
         """Weights uniform in +-1/sqrt(D), as nn.Linear. Under a log q correction the bias starts at log q.
 
-        So the model starts as the noise distribution, whose partition function is 1: the value that NCE with
-        log_z = 0 trains towards. Without a correction the bias starts at 0.
+        So the model starts as the noise, whose partition function is 1, as NCE with log_z = 0 wants it; else it is 0.
         """
-        bound = 1 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is None:
-            return
-        if self.correction == "none":
-            self.bias.zero_()
-        else:
-            self.bias.copy_(bias_of_noise(self.noise, 0, self.n_classes))
+        initialise_weight(self.weight)
+        if self.bias is not None:
+            self.bias.copy_(initial_bias(self.noise, self.correction, 0, self.n_classes))
 
     def forward(
         self,
@@ -218,6 +214,23 @@ class _SampledLoss(PinnedTables):
         """Undo :meth:`fuse_optimizer`: backward gives gradients again. What has been accumulated is dropped."""
         self._fused = None
 
+    def resize_classes(self, n_classes: int, noise: Noise, *, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Change the number of classes: of a vocabulary that has grown, or lost its last classes.
+
+        Rows that stay keep their bits, new ones start as ``reset_parameters`` starts them, with the new noise. Weight
+        and bias remain the same parameters, so that what is tied to them stays so; their gradients are dropped.
+
+        Args:
+            n_classes, noise: as in the constructor; classes ``n_classes`` and above are dropped.
+            optimizer: the one that steps on weight and bias, of any kind: rows that stay keep their state, new ones get
+                a fresh one. An optimizer that is not given here must be constructed again.
+
+        Raises:
+            TypeError, ValueError: as the constructor, before anything changes; an optimizer without these parameters; a
+                loss that is fused with its optimizer, or in pinned memory.
+        """
+        resize_classes(self, n_classes, noise, optimizer)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all classes: ``F.linear(hidden, weight, bias)``, [..., V]. Costs O(V D) an example."""
         return F.linear(hidden, self.weight, self.bias)
@@ -237,12 +250,6 @@ class _SampledLoss(PinnedTables):
             f"bias={self.bias is not None}, correction={self.correction!r}, log_z={log_z}, sparse={self.sparse}"
             + "".join(f", {name}={value}" for name in self._shown if (value := getattr(self, name)))
         )
-
-
-def bias_of_noise(noise: Noise, first: int, last: int) -> Tensor:
-    """Of the classes first .. last - 1, with which a model starts as the noise distribution: their log q."""
-    floor = -math.log(noise.n_classes * 2.0**32)  # of a class that is never drawn
-    return noise.log_prob(torch.arange(first, last, device=noise.table.device)).clamp_min(floor)
 
 
 class NCELoss(_SampledLoss):
@@ -322,7 +329,7 @@ class NegativeSamplingLoss(_SampledLoss):
             ignore_index=ignore_index, sparse=sparse, backend=backend, device=device, dtype=dtype,
         )  # fmt: skip
         if calibration is not None:
-            calibrated_weight(calibration, num_negatives, n_classes)
+            calibrated_weight(calibration, self.num_negatives, self.n_classes)
         self.margin = check_margin(margin)
 
     def _objective(self) -> Objective:

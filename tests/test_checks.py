@@ -40,7 +40,9 @@ REFUSED = {
 def test_numbers_that_pass(name):
     options, values = PASSES[name]
     for value in values:
-        assert _checks.number("rate", value, **options) is value
+        got = _checks.number("rate", value, **options)
+        assert got == value
+        assert type(got) in (int, float)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -66,6 +68,22 @@ def test_numbers_that_are_converted():
     for value in (None, "one", [1], torch.ones(2)):
         with pytest.raises(TypeError, match=r"^rate must be a number, got "):
             _checks.number("rate", value, convert=True)
+
+
+def test_numpy_scalars_are_the_python_numbers_they_stand_for():
+    for value, expected in (
+        (np.int8(3), 3), (np.uint64(2**63), 2**63), (np.float32(0.75), 0.75), (np.float16(0.5), 0.5),
+        (np.bool_(True), True), (np.str_("x"), "x"),
+    ):  # fmt: skip
+        got = _checks.plain(value)
+        assert got == expected
+        assert type(got) is type(expected)
+    assert type(_checks.count("k", np.int64(3), 1)) is int
+    assert type(_checks.number("rate", np.float32(0.5))) is float
+    assert _checks.power(np.float32(0.75)) == 0.75
+    for value in (np.bool_(True), np.float64(3)):
+        with pytest.raises(TypeError, match=r"^k must be an int, got "):
+            _checks.count("k", value, 1)
 
 
 def test_counts_of_things():

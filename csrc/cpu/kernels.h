@@ -16,7 +16,7 @@ struct Kernels {
   const char* level;  // "generic", "avx2", "avx512"
 
   // ids[i] = the draw of (example, slot) = (i / columns, i % columns), for begin <= i < end.
-  void (*sample)(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids);
+  bool (*sample)(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids);
 
   // Examples begin .. end - 1. `scratch` holds 2 * padded_dim(dim) compute values, aligned to 64 bytes. Returns the
   // first pair whose id is out of range or has no log q (its contribution is left out), or -1.

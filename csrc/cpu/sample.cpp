@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <string>
 
 #include "../check.h"
@@ -18,9 +19,11 @@ Tensor sample(Tensor seed, Tensor table, int64_t kind, int64_t n_classes, int64_
   check_sample_shape(rows, cols);
   Tensor ids = torch::stable::new_empty(seed, {rows, cols});
   auto* out = static_cast<int64_t*>(ids.mutable_data_ptr());
+  std::atomic<bool> in_range{true};
   torch::stable::parallel_for(0, ids.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    kernels().sample(noise, words, cols, begin, end, out);
+    if (!kernels().sample(noise, words, cols, begin, end, out)) in_range = false;
   });
+  STD_TORCH_CHECK(in_range, "table must be an alias table of ", n_classes, " classes, got an alias out of range");
   return ids;
 }
 

@@ -35,6 +35,8 @@ NCE_INLINE void interleave(Part even, Part odd, uint64_t* out) {
 #endif
 }
 
+NCE_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
+
 constexpr int kPairs = kLanes / 2;  // one Philox call gives the two draws of a pair of slots
 
 // Philox4x32-10 of counters (pair[i], example[i], nonce); each 32-bit word sits in a 64-bit lane whose upper half may
@@ -119,8 +121,12 @@ struct DrawStream {
   }
 };
 
-static void sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids) {
+// False if an alias of the table is out of range.
+static bool sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin, int64_t end, int64_t* ids) {
   DrawStream stream{noise, seed, columns};
+  constexpr int64_t kLook = 1024;
+  const int64_t last = noise.n_classes - 1;
+  int64_t looked = begin, signs = 0;  // negative if an id is, or is above the last
   for (int64_t i = begin; i < end;) {
     const DrawStream::Run run = stream.from(i / columns, i % columns);
     const int64_t n = run.count < end - i ? run.count : end - i;
@@ -133,7 +139,12 @@ static void sample(const Noise& noise, Seed seed, int64_t columns, int64_t begin
       for (int64_t j = 0; j < n; ++j) ids[i + j] = draw(noise, bits[j]).id;
     }
     i += n;
+    // Ids are looked at in long runs, while they are in the nearest cache.
+    if (noise.kind == NoiseKind::kAlias && (i - looked >= kLook || i == end)) {
+      for (; looked < i; ++looked) signs |= ids[looked] | (last - ids[looked]);
+    }
   }
+  return signs >= 0;
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE

@@ -17,6 +17,8 @@ constexpr int64_t kGrainBytes = 32 * 1024;  // of candidate rows: a thread gets 
 void refuse_pair(const SampledLoss& p, int64_t pair) {
   const int64_t columns = p.n_targets + p.n_negatives, example = pair / columns, column = pair % columns;
   const bool positive = column < p.n_targets;
+  STD_TORCH_CHECK(positive || p.negatives != nullptr, "table must be an alias table of ", p.n_classes,
+                  " classes, got an alias out of range for example ", example);
   const int64_t id = positive ? p.target[example * p.n_targets + column]
                               : p.negatives[example * p.negatives_stride + column - p.n_targets];
   const char* name = positive ? "target" : "negatives";

@@ -213,6 +213,7 @@ struct TileReader {
     return all_usable;
   }
 
+  // False if an alias is out of range; it becomes -1.
   NCE_INLINE_LAMBDA inline bool draw_negatives(int64_t slot, int n, int32_t* id, Real* q) {
     const Noise noise = p.noise;  // a copy, which no store can change
     for (int i = 0; i < n;) {
@@ -233,7 +234,12 @@ struct TileReader {
       }
     }
     if (!p.subtract_log_q) std::memset(q, 0, kLanes * sizeof(Real));
-    return true;
+    // Whatever is in an alias table, no row beyond the weight's is read.
+    uint32_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) largest = larger(largest, static_cast<uint32_t>(id[i]));
+    if (static_cast<int64_t>(largest) < p.n_classes) return true;
+    for (int i = 0; i < n; ++i) id[i] = in_range(id[i]) ? id[i] : -1;
+    return false;
   }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from nce_ext._sampled.call import Call, Candidates, Correction, Labels, Layout, 
 from nce_ext.noise import Noise
 from nce_ext.reference import ADVERSARIAL, BINARY, BINARY_OBJECTIVE, SOFTMAX, Objective
 
+T = TypeVar("T")
 CORRECTIONS = ("log_kq", "log_q", "none")
 CUDA_MAX_DIM = 16384  # kMaxDim in csrc/cuda/shapes.cuh
 
@@ -56,8 +58,11 @@ def validate_and_flatten(
     """
     _checks.operands(hidden, weight, bias, host_weight=host_weight)
     noise = _checks.noise_of(noise, Noise, weight, hidden.device)
+    if not isinstance(log_z, (Tensor, int, float)):
+        log_z = _checks.plain(log_z)
     batch_shape = _check_examples(hidden, target, log_z, sample_weight)
-    check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+    ignore_index = check_options(correction, candidate_reduction, positive_label, reduction, ignore_index)
+    unique, remove_hits = flag(unique), flag(remove_hits)
     check_unique(unique, correction, objective)
     check_objective(objective, remove_hits, candidate_reduction, log_z, correction)
     in_layout = gradient_layout(sparse)
@@ -153,19 +158,25 @@ def check_unique(unique: object, correction: str, objective: Objective) -> None:
 
 def negative_sampling_objective(adversarial_temperature: float | None, calibration: float | None) -> Objective:
     if calibration is not None:
-        _checks.number("calibration", calibration, 0, 1)
+        check_calibration(calibration)
     if adversarial_temperature is None:
         return Objective()
-    if not _checks.number("adversarial_temperature", adversarial_temperature, 0) > 0:
+    temperature = _checks.number("adversarial_temperature", adversarial_temperature, 0)
+    if not temperature > 0:
         raise ValueError(f"adversarial_temperature must be positive, got {adversarial_temperature!r}")
-    return Objective(ADVERSARIAL, temperature=float(adversarial_temperature))
+    return Objective(ADVERSARIAL, temperature=float(temperature))
+
+
+def check_calibration(calibration: float) -> float:
+    return float(_checks.number("calibration", calibration, 0, 1))
 
 
 def softmax_objective(label_smoothing: float, correct_positive: bool) -> Objective:
-    _checks.number("label_smoothing", label_smoothing, 0, 1)
+    label_smoothing = float(_checks.number("label_smoothing", label_smoothing, 0, 1))
+    correct_positive = flag(correct_positive)
     if not isinstance(correct_positive, bool):
         raise TypeError(f"correct_positive must be True or False, got {correct_positive!r}")
-    return Objective(SOFTMAX, label_smoothing=float(label_smoothing), correct_positive=correct_positive)
+    return Objective(SOFTMAX, label_smoothing=label_smoothing, correct_positive=correct_positive)
 
 
 def check_margin(margin: float) -> float:
@@ -176,7 +187,7 @@ def calibrated_weight(calibration: float, k: int, n_classes: int) -> float:
     """Compute gBCE's beta: between k / (V - 1), at calibration 1, and 1, at calibration 0."""
     if n_classes < 2:
         raise ValueError(f"calibration must be None where the noise has one class, got {calibration}")
-    return 1 + calibration * (k / (n_classes - 1) - 1)
+    return 1 + check_calibration(calibration) * (k / (n_classes - 1) - 1)
 
 
 def check_objective(
@@ -199,17 +210,27 @@ def check_objective(
 
 def check_options(
     correction: str, candidate_reduction: str, positive_label: str, reduction: str, ignore_index: object
-) -> None:
+) -> int:
+    """Refuse options that are none; return ignore_index as an int."""
     _checks.one_of("correction", correction, CORRECTIONS)
     _checks.one_of("candidate_reduction", candidate_reduction, ("sum", "mean"))
     _checks.one_of("positive_label", positive_label, ("one", "uniform"))
     _checks.reduction(reduction)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        ignore_index = _checks.plain(ignore_index)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    return ignore_index
+
+
+def flag(value: T) -> T:
+    """Return True and False for numpy's; any other value as it is."""
+    return value if value is True or value is False else _checks.plain(value)
 
 
 def gradient_layout(sparse: object) -> int:
     """Translate the option ``sparse`` to what the operators call gradient_layout."""
+    sparse = flag(sparse)
     if sparse is True or sparse is False:
         return COALESCED if sparse else DENSE
     if sparse == "padded":

@@ -140,9 +140,9 @@ def diagnose(
     k = _checks.count("num_negatives", loss_fn.num_negatives, 1)
     _checks.operands(hidden, weight, bias)
     _checks.tensor("target", target, _checks.INTEGERS, hidden.device)
-    _checks.count("draws", draws, 2)
-    _checks.count("seed", seed, -(2**63), 2**63 - 1)
-    _checks.count("max_logits", max_logits, 1)
+    draws = _checks.count("draws", draws, 2)
+    seed = _checks.count("seed", seed, -(2**63), 2**63 - 1)
+    max_logits = _checks.count("max_logits", max_logits, 1)
     batch_shape, ignore = hidden.shape[:-1], getattr(loss_fn, "ignore_index", -100)
     if target.shape != batch_shape and (target.dim() != hidden.dim() or target.shape[:-1] != batch_shape):
         raise ValueError(

@@ -57,6 +57,7 @@ def nll(
         ValueError: shapes that do not fit, another reduction, a target out of range.
     """
     _checks.reduction(reduction)
+    ignore_index, max_logits = _checks.plain(ignore_index), _checks.plain(max_logits)
     weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if target.dtype != torch.int64:
@@ -117,6 +118,7 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
     Raises:
         ValueError: shapes that do not fit, k out of range.
     """
+    k, max_logits = _checks.plain(k), _checks.plain(max_logits)
     weight, bias = _tables(layer)
     _check_hidden(weight, hidden)
     if not 1 <= k <= weight.shape[0]:
@@ -132,9 +134,15 @@ def topk(layer: OutputLayer, hidden: Tensor, k: int, *, max_logits: int = 2**24)
 def _tables(layer: OutputLayer) -> tuple[Tensor, Tensor | None]:
     """Return the layer's weight and bias, and refuse a shard, which holds only some of its classes."""
     n_rows = layer.weight.shape[0]
-    if getattr(layer, "n_classes", n_rows) != n_rows:
+    n_classes = getattr(layer, "n_classes", n_rows)
+    if n_rows < n_classes and hasattr(layer, "device_mesh"):
         raise ValueError(
-            f"layer must hold all of its {layer.n_classes} classes, got {n_rows}: of a sharded loss take log_prob"  # type: ignore[attr-defined]
+            f"layer must hold all of its {n_classes} classes, got {n_rows}: of a sharded loss take log_prob"
+        )
+    if n_rows != n_classes:
+        raise ValueError(
+            f"layer must have n_classes = {n_classes} rows in its weight, got {n_rows}; a loss's resize_classes "
+            "changes both"
         )
     return layer.weight, layer.bias
 

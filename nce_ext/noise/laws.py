@@ -8,30 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nce_ext import _checks, reference
 from nce_ext._ops.alias_table import alias_table
 from nce_ext._ops.sample import draw_seed, sample
+from nce_ext.noise.law_table import LawTable
 
 # sample_distinct gives up after max(_DRAWS, _DRAWS_PER_ID * k) draws.
 _DRAWS, _DRAWS_PER_ID = 2**22, 64
 
 
-class Noise(nn.Module):
+class Noise(LawTable):
     """Base class of the noise distributions over class ids 0 .. n_classes - 1; construct one of its subclasses."""
-
-    kind: int
-    table: Tensor
 
     def __init__(
         self, n_classes: int, table: Tensor | None = None, *, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.n_classes = _checks.n_classes(n_classes)
-        # A law in closed form keeps an empty table, whose device is the module's after .to().
-        entries = torch.empty((0, 4), dtype=torch.int32) if table is None else table
-        self.register_buffer("table", entries.to(device), persistent=table is not None)
+        self._hold(table, device)
 
     def sample(
         self, shape: int | Sequence[int], *, generator: torch.Generator | None = None, seed: Tensor | None = None
@@ -53,6 +49,7 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: a negative size; a seed of another dtype, shape or device.
         """
+        shape = _checks.plain(shape)
         sizes = tuple(operator.index(size) for size in ((shape,) if isinstance(shape, int) else shape))
         if any(size < 0 for size in sizes):
             raise ValueError(f"shape must have sizes >= 0, got {sizes}")
@@ -61,6 +58,7 @@ class Noise(nn.Module):
         examples, slots = math.prod(sizes[:-1]), sizes[-1] if sizes else 1
         if examples > 2**32 or slots > 2**32:
             raise ValueError(f"shape must have at most 2^32 examples of 2^32 slots, got {sizes}")
+        self.check_table()
         return self.draw(seed, examples, slots).view(sizes)
 
     def draw(self, seed: Tensor, examples: int, slots: int) -> Tensor:
@@ -85,6 +83,7 @@ class Noise(nn.Module):
         """
         _checks.log_q_dtype(dtype)
         _checks.class_ids(ids, self.n_classes)
+        self.check_table()
         if dtype == torch.float64:
             return self._log_prob64(ids.long())
         return reference.log_q(self.kind, self.n_classes, self.table, ids.long())
@@ -110,7 +109,7 @@ class Noise(nn.Module):
             TypeError, ValueError: k is no int or out of range; a seed as ``sample`` refuses it.
             RuntimeError: k ids were not found in max(2^22, 64 k) draws, since the rest are too improbable.
         """
-        _checks.count("k", k, 0, self.n_classes, wanted=f"in 0 .. {self.n_classes} = n_classes")
+        k = _checks.count("k", k, 0, self.n_classes, wanted=f"in 0 .. {self.n_classes} = n_classes")
         device = self.table.device
         seed = draw_seed(device, generator) if seed is None else _checks.seed(seed, device)
         return self._distinct(k, seed, max(16, 2 * k))
@@ -166,7 +165,7 @@ class Noise(nn.Module):
         # For its float64 log q a table would be read as a whole; its float32 one is correctly rounded.
         closed_form = dtype == torch.float32 and self.kind != reference.ALIAS
         log_q = self.log_prob(ids, dtype=torch.float64 if closed_form else dtype).double()
-        _checks.trials(trials, log_q.device)
+        trials = _checks.trials(trials, log_q.device)
         missed = trials * log1mexp(log_q)
         return log1mexp(torch.where(torch.isnan(missed), 0, missed)).to(dtype)  # 0 draws of a certain class: 0 * -inf
 
@@ -189,7 +188,7 @@ class Noise(nn.Module):
         Raises:
             TypeError, ValueError: as ``log_inclusion``; k that is no int, or negative.
         """
-        _checks.count("k", k, 0)
+        k = _checks.count("k", k, 0)
         inclusion = self.log_inclusion(ids, trials, dtype=dtype)
         count = self.log_prob(ids, dtype=dtype) + (math.log(k) if k else -math.inf)
         if isinstance(trials, Tensor):
@@ -198,6 +197,7 @@ class Noise(nn.Module):
 
     def probabilities(self) -> Tensor:
         """Compute the probabilities of all classes: float64 [n_classes] on the module's device, at O(n_classes)."""
+        self.check_table()
         return torch.exp(self._log_prob64(torch.arange(self.n_classes, device=self.table.device)))
 
     def _log_prob64(self, ids: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class Unigram(TableNoise):
             real dtype, with 1 .. 2^31 - 1 entries.
         power: exponent, finite and >= 0. 0.75 is word2vec's; 1 is the data's own law; 0 is uniform over the classes
             that occur.
-        device: where the table goes.
+        device: where the table goes; by default torch's default device.
 
     Raises:
         TypeError, ValueError: counts that are not real numbers, or not as above; the message says which and where.

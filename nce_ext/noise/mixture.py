@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,9 +60,10 @@ class Mixture(TableNoise):
             where = int((numbers <= 0).nonzero()[0, 0])
             raise ValueError(f"counts must be > 0, got {float(numbers[where])} at index {where}")
         shares = (numbers / numbers.max()).tolist()  # so that no sum of counts overflows
-        law = torch.zeros(noises[0].n_classes, dtype=torch.float64)
+        law = torch.zeros(noises[0].n_classes, dtype=torch.float64, device="cpu")
         for noise, share in zip(noises, shares, strict=True):
-            q = noise.probabilities().cpu()
+            known = copy.deepcopy(noise).to("cpu") if noise.table.is_meta else noise
+            q = known.probabilities().cpu()
             # A product that underflows becomes the smallest normal number, so that a class that is drawn keeps a mass.
             law += torch.where(q > 0, (share * q).clamp_min_(torch.finfo(torch.float64).tiny), 0)
         device = noises[0].table.device if device is None else device

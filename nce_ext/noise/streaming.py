@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from nce_ext import _checks
 from nce_ext.noise.laws import TableNoise, alias_table_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Streaming(TableNoise):
@@ -73,16 +79,16 @@ class Streaming(TableNoise):
         power: float = 1.0,
         device: torch.device | str | None = None,
     ) -> None:
-        _checks.n_classes(n_classes)
+        n_classes = _checks.n_classes(n_classes)
         if estimator not in ("counts", "interval"):
             raise ValueError(f"estimator must be 'counts' or 'interval', got {estimator!r}")
-        _checks.number("half_life", half_life, above=0, infinite=True)
-        _checks.number("rate", rate, above=0, high=1)
-        _checks.number("prior", prior, above=0)
-        _checks.power(power)
-        super().__init__(n_classes, alias_table_of(torch.ones(n_classes, dtype=torch.float64), 1.0), device=device)
+        half_life = _checks.number("half_life", half_life, above=0, infinite=True)
+        rate = _checks.number("rate", rate, above=0, high=1)
+        prior, power = _checks.number("prior", prior, above=0), _checks.power(power)
+        uniform = torch.ones(n_classes, dtype=torch.float64, device="cpu")
+        super().__init__(n_classes, alias_table_of(uniform, 1.0), device=device)
         self.estimator, self.half_life, self.rate = estimator, float(half_life), float(rate)
-        self.prior, self.power = float(prior), float(power)
+        self.prior, self.power = float(prior), power
         # The last of n_classes + 1 entries takes the ignored ids. values and total are the bits of float64 numbers.
         self.register_buffer("values", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
         self.register_buffer("last_step", torch.zeros(n_classes + 1, dtype=torch.int64, device=device))
@@ -150,6 +156,15 @@ class Streaming(TableNoise):
         """
         log_p = self._log_estimate(torch.arange(self.n_classes, device=self.table.device))
         self.table.copy_(alias_table_of(torch.exp(log_p).cpu(), self.power))
+        self._trust_table()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.values.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.values.is_meta:  # memory that nobody has filled: nothing has been seen
+            for state in (self.values, self.last_step, self.step, self.total):
+                state.zero_()
+        return self
 
     def _log_estimate(self, entries: Tensor) -> Tensor:
         """Compute log p of these entries of the state, in float64."""

@@ -59,7 +59,7 @@ def _exp2(t: Tensor) -> Tensor:
 
 
 def draw(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols: int) -> Tensor:
-    """Noise ids, int64 [rows, cols]; a pure function of (seed, example, slot)."""
+    """Noise ids, int64 [rows, cols]; a pure function of (seed, example, slot). -1 where an alias is out of range."""
     high, low = random_words(seed, rows, cols)
     if kind == LOG_UNIFORM:
         u = ((high << 21) | (low >> 11)).double() * 2.0**-53
@@ -70,7 +70,8 @@ def draw(kind: int, n_classes: int, table: Tensor, seed: Tensor, rows: int, cols
     if kind == UNIFORM:
         return bucket
     threshold, alias = table[bucket, 0].long() & _WORD, table[bucket, 1].long()
-    return torch.where((scaled & _WORD) < threshold, bucket, alias)
+    ids = torch.where((scaled & _WORD) < threshold, bucket, alias)
+    return torch.where((ids >= 0) & (ids < n_classes), ids, -1)
 
 
 def log_q(kind: int, n_classes: int, table: Tensor, ids: Tensor) -> Tensor:
@@ -109,8 +110,8 @@ def alias_table(weights: Tensor, scale: float) -> Tensor:
     heaviest = int(torch.argmax(mass))
     mass[heaviest] += n * _FULL - int(mass.sum())
 
-    own = torch.arange(n)
-    threshold, alias = torch.full((n,), _WORD), own.clone()
+    own = torch.arange(n, device=weights.device)
+    threshold, alias = torch.full_like(own, _WORD), own.clone()
     light, heavy = (mass < _FULL).nonzero()[:, 0], (mass > _FULL).nonzero()[:, 0]
     if len(light):
         deficit = torch.cumsum(_FULL - mass[light], 0)

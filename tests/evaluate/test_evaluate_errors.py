@@ -12,7 +12,11 @@ V, D, B = 10, 4, 3
 LAYER = torch.nn.Linear(D, V)
 HIDDEN, TARGET = torch.randn(B, D), torch.tensor([1, 2, 3])
 SHARD = torch.nn.Linear(D, V)
-SHARD.n_classes = 2 * V  # as a sharded loss says
+SHARD.n_classes, SHARD.device_mesh = 2 * V, None  # as a sharded loss says
+GROWN = torch.nn.Linear(D, V)
+GROWN.n_classes = V - 2
+SHRUNK = torch.nn.Linear(D, V)
+SHRUNK.n_classes = V + 2
 
 
 def nll(hidden=HIDDEN, target=TARGET, **options):
@@ -35,6 +39,16 @@ EVALUATE = {
         lambda: evaluate.nll(SHARD, HIDDEN, TARGET),
         ValueError,
         r"layer must hold all of its 20 classes, got 10: of a sharded loss take log_prob",
+    ),
+    "rows that were added": (
+        lambda: evaluate.topk(GROWN, HIDDEN, 2),
+        ValueError,
+        r"layer must have n_classes = 8 rows in its weight, got 10; a loss's resize_classes changes both",
+    ),
+    "rows that were taken away": (
+        lambda: evaluate.nll(SHRUNK, HIDDEN, TARGET),
+        ValueError,
+        r"layer must have n_classes = 12 rows in its weight, got 10; a loss's resize_classes",
     ),
     "topk zero": (topk(0), ValueError, r"k must be in 1 \.\. 10, got 0"),
     "topk too many": (topk(V + 1), ValueError, r"k must be in 1 \.\. 10, got 11"),

@@ -34,6 +34,11 @@ def arguments(**changes):
     }
 
 
+# A table that came to the meta device by itself: its law is nowhere.
+UNKNOWN = noises.Unigram([1] * V)
+UNKNOWN.table = UNKNOWN.table.to("meta")
+
+
 def ids(*values: int) -> torch.Tensor:
     return torch.tensor(values)
 
@@ -54,7 +59,9 @@ REFUSALS = {
         {"target": torch.empty(B, dtype=torch.int64, device="meta")}, ValueError, r"target must be on .* cpu, got meta"
     ),
     "noise elsewhere": Refusal(
-        {"noise": noises.Uniform(V).to("meta")}, ValueError, r"noise must be on hidden's device cpu, got meta"
+        {"noise": UNKNOWN},
+        ValueError,
+        r"noise must be on hidden's device cpu, got meta; load its state_dict",
     ),
     "log_z elsewhere": Refusal(
         {"log_z": torch.empty(B, device="meta")}, ValueError, r"log_z must be on .* cpu, got meta"

@@ -24,6 +24,10 @@ from operator_arguments import B, D, K, T, V, epilogue_arguments, forward_argume
 ops = torch.ops.nce_ext
 f32, f64, i64, i32 = torch.float32, torch.float64, torch.int64, torch.int32
 noise = nce_ext.noise.Unigram(range(1, V + 1))
+def aliases(value):
+    table = noise.table.clone()
+    table[:, 0], table[:, 1] = 0, value
+    return table
 def sample(seed=torch.tensor([1, 2]), table=noise.table, kind=2, n=V, rows=3, cols=2):
     return ops.sample(seed, table, kind, n, rows, cols)
 def forward(**changes):
@@ -49,6 +53,9 @@ BAD_CALLS = [
     "sample(table=noise.table[:, :3])",
     "sample(table=noise.table.long())",
     "sample(table=noise.table.t().contiguous().t())",
+    "sample(table=aliases(V))",
+    "sample(table=aliases(-1))",
+    "sample(table=aliases(2**31 - 1), rows=10000, cols=40)",
     "sample(kind=3)",
     "sample(kind=-1)",
     "sample(n=0)",
@@ -83,6 +90,12 @@ BAD_CALLS = [
     "forward(seed=None)",
     "forward(seed=torch.zeros(1, dtype=i64))",
     "forward(table=noise.table[:-1])",
+    "forward(table=aliases(V))",
+    "forward(table=aliases(-1))",
+    "forward(table=aliases(2**31 - 1))",
+    "forward(table=aliases(-2**31), subtract_log_q=False)",
+    "forward(table=aliases(V), remove_hits=True)",
+    "forward(table=aliases(V), objective=1)",
     "forward(kind=7)",
     "forward(negatives=torch.full((B, K), V))",
     "forward(negatives=torch.full((B, K), -1))",

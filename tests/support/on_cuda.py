@@ -72,6 +72,7 @@ def to_device(value: Any) -> Any:
         moved = object.__new__(type(value))
         moved.__dict__.update(value.__dict__)
         moved._buffers = {name: buffer.to(DEVICE) for name, buffer in value._buffers.items()}
+        moved.table = value.table.to(DEVICE)
         return moved
     return value
 

@@ -15,12 +15,13 @@ from nce_ext._checks import describe
 from nce_ext._ops.coo import DENSE, made_coalesced
 from nce_ext._sampled.arguments import validate_and_flatten
 from nce_ext._sampled.call import Call
+from nce_ext._sampled.resize import initial_bias
 from nce_ext._tables.pages import empty_table
 from nce_ext.distributed.collectives import Collectives
 from nce_ext.distributed.vocab_parallel.batch import OwnedRows, gather_examples
 from nce_ext.distributed.vocab_parallel.scores import VocabParallelLosses
 from nce_ext.distributed.vocab_parallel.state import ShardedState
-from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss, bias_of_noise
+from nce_ext.losses import NCELoss, NegativeSamplingLoss, SampledSoftmaxLoss, _SampledLoss
 from nce_ext.noise import Noise
 
 _ROWS_OF_A_SEED = 1024  # so many rows are initialised from one seed
@@ -121,11 +122,6 @@ class ShardedLoss(ShardedState):
         self.device = (
             torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
         )
-        if any(buffer.is_meta and buffer.numel() for buffer in noise.buffers()):
-            raise ValueError(
-                "noise must have its table on a device with memory, got the meta device; make the loss under "
-                "`with torch.device('meta')` instead of device='meta', which moves the noise as well"
-            )
         self.noise = noise.to_empty(device=self.device) if noise.table.is_meta else noise.to(self.device)
 
     def _noise_in_brief(self) -> str:
@@ -183,7 +179,7 @@ class ShardedLoss(ShardedState):
         if bias is None:
             return
         if subtracts_log_q:
-            bias.copy_(bias_of_noise(self.noise, self.first, self.last))
+            bias.copy_(initial_bias(self.noise, self._options["correction"], self.first, self.last))
         else:
             bias.zero_()
 

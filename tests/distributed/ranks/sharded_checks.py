@@ -107,10 +107,6 @@ OTHERS = {
     "mesh of two dimensions": (
         lambda: shard(loss_fn(), square()), ValueError, "device_mesh must have one dimension, got 2"
     ),
-    "law on the meta device": (
-        lambda: shard(loss_fn(noise=nce_ext.noise.Unigram(torch.ones(V)), device="meta"), MESH), ValueError,
-        "noise must have its table on a device with memory, got the meta",
-    ),
     "rows of others": (
         lambda: shard(loss_fn(), MESH).as_dtensor(torch.ones(99)), ValueError,
         r"rows must be \[\d, \.\.\.\], got shape \[99\]",
