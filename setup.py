@@ -249,6 +249,14 @@ def cuda_extension(home: Path, version: int) -> Extension:
     return extension
 
 
+def minutes_to_compile(extension: Extension) -> int:
+    """About how long two processors take."""
+    compile_arguments = extension.extra_compile_args
+    if "nvcc" not in compile_arguments:
+        return 2
+    return 3 * sum(flag.startswith("-gencode") for flag in compile_arguments["nvcc"])
+
+
 class BuildNative(build_ext):
     """Hands over to torch's builder, and turns any failure into advice."""
 
@@ -292,6 +300,14 @@ class BuildNative(build_ext):
     def build(self, extension: Extension, advice: str) -> Extension:
         from torch.utils import cpp_extension
 
+        processors = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        if not nce_ext_backend.has_ninja():
+            processors = 1
+            nce_ext_backend.tell("there is no ninja to compile several files at once (pip install ninja)")
+        nce_ext_backend.tell(
+            f"compiling {extension.name}: {len(extension.sources)} files, {processors} at once; with 2 about "
+            f"{minutes_to_compile(extension)} minutes"
+        )
         self.distribution.ext_modules = [extension]
         command = cpp_extension.BuildExtension(self.distribution)
         command.inplace, command.parallel = self.inplace, self.parallel

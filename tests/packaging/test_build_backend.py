@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,32 @@ def test_a_launcher_of_ninja_that_fails_does_not_count(monkeypatch, tmp_path):
         (tmp_path / "ninja").write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / "ninja").chmod(0o755)
         assert module.has_ninja() == (status == 0)
+
+
+ON_A_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+import nce_ext_backend
+nce_ext_backend.tell("before a hook")
+nce_ext_backend.announces = True
+nce_ext_backend.tell("in a hook")
+"""
+
+
+def test_a_terminal_shows_what_pip_would_hide():
+    """pip reads the output of a build and keeps it to itself; a build that is no hook writes to its output alone."""
+    pty = pytest.importorskip("pty")
+    terminal, end = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_TERMINAL], stdin=end, capture_output=True, text=True, start_new_session=True,
+        env={"PYTHONPATH": str(ROOT / "build_tools")},
+    )  # fmt: skip
+    os.close(end)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["nce_ext: before a hook", "nce_ext: in a hook"]
+    shown = os.read(terminal, 1000).decode()
+    os.close(terminal)
+    assert shown.split("\r\n") == ["", "  nce_ext: in a hook", ""]
 
 
 @pytest.fixture(scope="module")
