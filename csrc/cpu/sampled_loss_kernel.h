@@ -10,6 +10,12 @@
 
 namespace nce::NCE_SIMD_NAMESPACE {
 
+// Not inline: it is called once a tile, and its code would be there twice for every objective.
+template <class Stored, class Real>
+static __attribute__((noinline)) bool next_tile(TileReader<Stored, Real>& reader, Tile<Stored, Real>& tile) {
+  return reader.next(tile);
+}
+
 // Scores of a tile's rows, corrected. Meanwhile the rows of the next tile are asked for.
 template <class Stored, class Real>
 NCE_INLINE void score_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Tile<Stored, Real>& next,
@@ -45,7 +51,7 @@ NCE_INLINE void binary_tile(const SampledLoss& p, const Tile<Stored, Real>& tile
   }
 }
 
-template <bool kGradHidden, bool kWhole, class Stored, class Real>
+template <bool kWhole, class Stored, class Real>
 NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& tile, const Tile<Stored, Real>& next,
                              bool stream, const Real* x, Real* gradient, Real& loss, ExampleSums<Real>& sums) {
   alignas(64) Real z[kTileRows] = {}, weight[kTileRows];
@@ -67,7 +73,7 @@ NCE_INLINE void compute_tile(const SampledLoss& p, const Tile<Stored, Real>& til
       out_dlogit[tile.column[i]] = z[i];
     }
   }
-  if constexpr (kGradHidden) {
+  if (p.grad_hidden) {
     int r = 0;
     for (; r + 4 <= tile.count; r += 4) add_rows<4>(tile.row + r, coefficient + r, p.dim, gradient);
     for (; r < tile.count; ++r) add_rows<1>(tile.row + r, coefficient + r, p.dim, gradient);
@@ -83,7 +89,7 @@ NCE_INLINE void prefetch_hidden(const SampledLoss& p, int64_t example) {
   for (int64_t byte = 0; byte < p.dim * size; byte += kLine) __builtin_prefetch(x + byte);
 }
 
-template <bool kGradHidden, bool kWhole, class Stored, class Real>
+template <bool kWhole, class Stored, class Real>
 NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, Real* x, Real* gradient) {
   const size_t scratch_bytes = static_cast<size_t>(padded_dim(p.dim)) * sizeof(Real);
   const bool stream = streams_rows(p.dim * static_cast<int64_t>(sizeof(Stored)));
@@ -91,11 +97,11 @@ NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, R
   ExampleSums<Real> sums = no_columns<Real>();
   TileReader<Stored, Real> reader{p, begin, end};
   Tile<Stored, Real> tiles[2];
-  bool more = reader.next(tiles[0]);
+  bool more = next_tile(reader, tiles[0]);
   for (int current = 0; more; current ^= 1) {
     const Tile<Stored, Real>& tile = tiles[current];
     Tile<Stored, Real>& next = tiles[current ^ 1];
-    more = reader.next(next);
+    more = next_tile(reader, next);
     if (!more) next = tile;
     if (more && next.first) prefetch_hidden(p, next.example);
     if (tile.first) {
@@ -104,14 +110,14 @@ NCE_INLINE int64_t run_tiles(const SampledLoss& p, int64_t begin, int64_t end, R
       loss = Real(0);
       sums = no_columns<Real>();
     }
-    compute_tile<kGradHidden, kWhole>(p, tile, next, stream, x, gradient, loss, sums);
+    compute_tile<kWhole>(p, tile, next, stream, x, gradient, loss, sums);
     if (tile.last) {
       if constexpr (kWhole) {
-        finish_example<kGradHidden>(p, tile, sums, gradient);
+        finish_example(p, tile, sums, gradient);
       } else {
         static_cast<Real*>(p.loss)[tile.example] = loss;
       }
-      if constexpr (kGradHidden) {
+      if (p.grad_hidden) {
         std::memcpy(static_cast<Real*>(p.grad_hidden) + tile.example * p.dim, gradient, p.dim * sizeof(Real));
       }
     }
@@ -124,12 +130,8 @@ template <class Stored, class Real>
 static int64_t sampled_loss(const SampledLoss& p, int64_t begin, int64_t end, void* scratch) {
   Real* x = static_cast<Real*>(scratch);
   Real* gradient = x + padded_dim(p.dim);
-  if (p.objective.kind != ObjectiveKind::kBinary) {
-    return p.grad_hidden ? run_tiles<true, true, Stored>(p, begin, end, x, gradient)
-                         : run_tiles<false, true, Stored>(p, begin, end, x, gradient);
-  }
-  return p.grad_hidden ? run_tiles<true, false, Stored>(p, begin, end, x, gradient)
-                       : run_tiles<false, false, Stored>(p, begin, end, x, gradient);
+  return p.objective.kind == ObjectiveKind::kBinary ? run_tiles<false, Stored>(p, begin, end, x, gradient)
+                                                    : run_tiles<true, Stored>(p, begin, end, x, gradient);
 }
 
 }  // namespace nce::NCE_SIMD_NAMESPACE

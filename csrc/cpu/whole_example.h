@@ -96,7 +96,7 @@ NCE_INLINE void weigh_tile(const SampledLoss& p, const Tile<Stored, Real>& tile,
 }
 
 // The last tile of an example is in: its loss, and what was kept turned into derivatives.
-template <bool kGradHidden, class Stored, class Real>
+template <class Stored, class Real>
 NCE_INLINE void finish_example(const SampledLoss& p, const Tile<Stored, Real>& tile, const ExampleSums<Real>& sums,
                                Real* gradient) {
   const Normaliser<Real> n = normalise(p.objective, sums, tile.n_positive, p.uniform_labels, tile.log_rest);
@@ -122,7 +122,7 @@ NCE_INLINE void finish_example(const SampledLoss& p, const Tile<Stored, Real>& t
     store_first(dlogit + c, negative_dlogits(p.objective, n, load_first(dlogit + c, columns - c)), columns - c);
   }
 
-  if constexpr (kGradHidden) {
+  if (p.grad_hidden) {
     // A smoothed label gives every row a second, equal weight, known only now: the rows are read again, from the cache.
     const bool again = n.smooth > Real(0);
     const Real scale = again ? Real(0) : n.scale;

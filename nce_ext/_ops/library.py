@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from nce_ext import _warnings
+from nce_ext._ops import cuda_module
 from nce_ext._version import __version__
 
 _missing: dict[str, str] = {}
@@ -30,7 +31,7 @@ def _load_cpu() -> str | None:
     except ImportError as error:
         return (
             f"nce_ext._C could not be imported ({error}); build it with "
-            "`pip install --no-build-isolation .` in an environment that has torch >= 2.11 and a C++ compiler"
+            "`pip install .` in nce_ext's source folder, which needs a C++ compiler"
         )
     except RuntimeError as error:
         return str(error).splitlines()[0]
@@ -43,17 +44,7 @@ def _load_cuda(missing_cpu: str | None) -> str | None:
         return f"torch {torch.__version__} is a build without CUDA; install one with CUDA, then nce_ext again"
     if missing_cpu is not None:
         return f"they need the operators of nce_ext._C: {missing_cpu}"
-    build = (
-        "build it with `NCE_EXT_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .` in an "
-        f"environment that has this torch and a CUDA {torch.version.cuda.split('.')[0]} toolkit"
-    )
-    try:
-        importlib.import_module("nce_ext._C_cuda")
-    except ModuleNotFoundError:
-        return f"nce_ext._C_cuda was not built; {build}"
-    except ImportError as error:
-        return f"nce_ext._C_cuda could not be imported ({error}); {build}"
-    return None
+    return cuda_module.load()
 
 
 def _load() -> tuple[bool, bool]:

@@ -127,42 +127,9 @@ def test_build_info():
     assert (info["simd"] is None) == ("fused (cpu)" in info["missing"])
     assert info["cuda"] == torch.version.cuda
     assert ("fused (cuda)" in info["backends"]) == ("fused (cuda)" not in info["missing"])
-    info["missing"].clear()
-    assert nce_ext.build_info()["missing"]
-
-
-def test_reasons_for_missing_cuda_kernels(monkeypatch):
-    def refuse(error: ImportError) -> str:
-        def fail(name):
-            raise error
-
-        monkeypatch.setattr(library.importlib, "import_module", fail)
-        return library._load_cuda(None)
-
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "nce_ext._C: switched off" in library._load_cuda("switched off")
-    not_built = refuse(ModuleNotFoundError("No module named 'nce_ext._C_cuda'"))
-    not_loaded = refuse(ImportError("libcudart.so.12: cannot open shared object file"))
-    assert "was not built" in not_built
-    assert "could not be imported (libcudart.so.12" in not_loaded
-    for reason in (not_built, not_loaded):
-        assert "NCE_EXT_CUDA=1 pip install" in reason
-        assert "CUDA 13 toolkit" in reason
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert f"torch {torch.__version__} is a build without CUDA" in library._load_cuda(None)
-
-
-def test_a_broken_cuda_module_leaves_the_cpu_whole(native, tmp_path):
-    copy = copy_of_the_python_files(tmp_path)
-    shutil.copy(sys.modules["nce_ext._C"].__file__, copy)
-    (copy / "_C_cuda.abi3.so").write_bytes(b"not a library")
-    code = "import torch\ntorch.version.cuda = '13.0'\n" + WITHOUT_EDITABLE
-    code += "print(nce_ext.build_info()['backends']); print(nce_ext.build_info()['missing'])"
-    done = python(code, "-W", "error::RuntimeWarning", root=tmp_path)
-    assert done.returncode == 0, done.stderr
-    backends, missing = done.stdout.splitlines()
-    assert backends == "['fused (cpu)', 'reference']"
-    assert "nce_ext._C_cuda could not be imported (" in ast.literal_eval(missing)["fused (cuda)"]
+    before = dict(info["missing"])
+    info["missing"]["fused (cpu)"] = "changed by the caller"
+    assert nce_ext.build_info()["missing"] == before
 
 
 def test_the_reference_on_a_gpu_is_warned_of_once(monkeypatch):
