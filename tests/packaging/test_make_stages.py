@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -17,9 +18,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(("target", "last"), [("demo", "examples/word2vec.py"), ("test", "pytest")])
 def test_a_set_up_announces_its_stages(target, last, tmp_path):
     """And nothing is installed or built without having been announced."""
+    # A make around the tests would have its options taken over, and its level shown.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
-        ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
-    )
+        ["make", "--dry-run", target, f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     stages = [int(match[1]) for line in lines if (match := re.match(r'echo "(\d)/4 ', line))]
