@@ -43,9 +43,7 @@ def instance(name: str, value: object, cls: type[T], wanted: str) -> T:
 
 def plain(value: Any) -> Any:
     """Return the Python number that a numpy scalar stands for; any other value as it is."""
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -88,8 +86,7 @@ def number(
     Args:
         infinite: whether infinity is allowed where the bounds allow it. NaN never is.
         convert: whether to take everything that ``float()`` takes, such as a tensor of one element.
-        wanted: what the message says is allowed, in place of the bounds. A value of another type is then a ValueError
-            with this message, and not a TypeError.
+        wanted: what the message says is allowed, in place of the bounds; another type is then a ValueError as well.
     """
     value = _converted(value) if convert else plain(value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
