@@ -133,7 +133,7 @@ inline void check_sample_shape(int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(cols >= 0 && cols <= kLimit, "cols must be in 0 .. 2^32, got ", cols);
 }
 
-// Of a table only its size is looked at, since reading it all would cost O(V) a call: kernels check what they draw.
+// The table is trusted beyond its size: nce_ext.noise builds it, and reading it all would cost O(V) a call.
 inline Noise noise_of(int64_t kind, int64_t n_classes, const Tensor& table, const Tensor& like) {
   STD_TORCH_CHECK(kind >= 0 && kind <= 2, "noise kind must be 0, 1 or 2, got ", kind);
   STD_TORCH_CHECK(n_classes >= 1 && n_classes < (int64_t{1} << 31), "n_classes must be in 1 .. 2^31 - 1, got ",

@@ -99,8 +99,7 @@ __device__ __forceinline__ Candidate<Real> candidate(const SampledLoss& p, const
                                                                   : log_q_log_uniform(p.noise, bucket));
   }
   if (!p.subtract_log_q) log_q = Real(0);
-  // Infinite or NaN, or an alias that is none: nothing is read through it, whatever is in the table.
-  if (!(log_q - log_q == Real(0)) || !in_range(p, static_cast<uint32_t>(c.id))) {
+  if (!(log_q - log_q == Real(0))) {  // infinite or NaN
     c.id = -1;
     c.state = ColumnState::kBad;
     return c;

@@ -114,7 +114,6 @@ std::tuple<Tensor, Tensor, Tensor> row_grad(const PairArguments& pairs, const Ro
   Tensor classes = torch::stable::new_empty(pairs.ids, {n_rows}, ScalarType::Long);
   Tensor rows = torch::stable::new_empty(pairs.hidden, {with_rows ? n_rows : 0, work.call.dim}, dtype);
   Tensor bias = torch::stable::new_empty(pairs.hidden, {with_bias ? n_rows : 0}, dtype);
-  work.p.n_rows = n_rows;
   work.p.segment_class = data_of<int64_t>(classes);
   if (with_rows) work.p.rows = rows.mutable_data_ptr();
   if (with_bias) work.p.bias = bias.mutable_data_ptr();
@@ -129,7 +128,6 @@ std::tuple<Tensor, Tensor> row_grad_dense(const PairArguments& pairs, const RowG
   RowGradWork work = sort_row_grad(pairs, n_classes, dtype, with_rows, true, device);
   Tensor rows = torch::stable::new_zeros(pairs.hidden, {with_rows ? n_classes : 0, work.call.dim}, dtype);
   Tensor bias = torch::stable::new_zeros(pairs.hidden, {with_bias ? n_classes : 0}, dtype);
-  work.p.n_rows = n_classes;
   if (with_rows) work.p.rows = rows.mutable_data_ptr();
   if (with_bias) work.p.bias = bias.mutable_data_ptr();
   sum_segments(work.p, work.call, device);

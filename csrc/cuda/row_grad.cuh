@@ -31,7 +31,6 @@ struct RowGradTiles {
 
   const uint32_t* segments_before;  // [n_tiles + 1]: segments that begin before each tile; null if by_class
   bool by_class;                    // row of a class is its number (dense), else the rank of its segment (COO)
-  int64_t n_rows;                   // of rows, bias and segment_class; a class or a rank beyond is left out
   void* rows;                       // of the weight's storage; null: no rows are summed
   void* bias;                       // likewise
   int64_t* segment_class;           // COO: the class of each segment, or null
@@ -84,7 +83,6 @@ struct SegmentSums {
   }
 
   __device__ __forceinline__ void write(int64_t row, uint32_t segment_class) const {
-    if (row >= p.n_rows) return;
     if (p.rows) store(static_cast<Stored*>(p.rows) + row * p.dim);
     if (slice > 0 || lane > 0) return;
     if (p.bias) narrow(bias, static_cast<Stored*>(p.bias) + row);

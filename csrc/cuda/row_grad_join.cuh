@@ -65,7 +65,6 @@ __device__ __forceinline__ void write_joined(const RowGradTiles& p, const Crossi
                                              const PartialSum<Compute<Stored>>& sum, int lane) {
   const uint32_t segment_class = class_of(p, c);
   const int64_t row = p.by_class ? static_cast<int64_t>(segment_class) : int64_t{p.segments_before[c.tile + 1]} - 1;
-  if (row >= p.n_rows) return;
   if (p.rows) {
 #pragma unroll
     for (int e = 0; e < kJoinElements; ++e) {

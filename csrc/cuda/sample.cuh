@@ -15,14 +15,12 @@ struct Sample {
   int64_t* ids;  // [rows, columns]
 };
 
-// -1 where an alias of the table is out of range.
 __device__ __forceinline__ int64_t drawn_id(const Noise& noise, uint64_t bits) {
   if (noise.kind == NoiseKind::kLogUniform) return log_uniform_id(noise, bits);
   const Bucket bucket = bucket_of(noise, bits);
   if (noise.kind == NoiseKind::kUniform) return bucket.index;
   const Vector entry = read_once16(noise.table + bucket.index);
-  const uint32_t id = bucket.fraction < entry.word[0] ? bucket.index : entry.word[1];
-  return static_cast<int64_t>(id) < noise.n_classes ? static_cast<int64_t>(id) : -1;
+  return bucket.fraction < entry.word[0] ? bucket.index : entry.word[1];
 }
 
 static __global__ void __launch_bounds__(256) sample_kernel(const __grid_constant__ Sample p) {

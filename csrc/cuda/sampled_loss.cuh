@@ -197,13 +197,10 @@ struct SampledLossWarp : ExampleRows<Stored, Shape, kAccess> {
       const Seed seed = read_seed(p.seed, p.seed_stride);
       const Candidate<Real> mine = candidate<Stored, kWhole, Real>(p, seed, my_example, my_column);
       const uint32_t live = __ballot_sync(kAllLanes, mine.state == ColumnState::kLive);
-      const uint32_t bad = __ballot_sync(kAllLanes, mine.state == ColumnState::kBad);
-      uint32_t present = 0;
+      uint32_t present = 0, bad = 0;
       if (tile == 0) {
         present = __ballot_sync(kAllLanes, my_column < n_targets && mine.state != ColumnState::kAbsent);
-      } else if (bad) {  // drawn from a table that is none; given ids have been looked at
-        meet();
-        return skip(first_example, true);
+        bad = __ballot_sync(kAllLanes, mine.state == ColumnState::kBad);
       }
       const uint32_t left = n_columns - tile * kWarp;
       const int width = left < kWarp ? static_cast<int>(left) : kWarp;  // candidates of an example

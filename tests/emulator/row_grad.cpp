@@ -82,7 +82,6 @@ py::dict row_grad(const py::array& ids, const py::array& dlogit, const py::array
   PairsOfArrays pairs(ids, dlogit, grad_loss, hidden, n_classes, tile_pairs, with_rows, dense, how);
   RowGradTiles& p = pairs.p;
   const int64_t n_rows = dense ? n_classes : layout == "padded" ? pairs.n_padded : pairs.n_segments;
-  p.n_rows = n_rows;
 
   py::dict outputs;
   const auto output = [&](const char* name, const py::dtype& type, const Shape& shape) {

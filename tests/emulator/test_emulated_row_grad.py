@@ -183,31 +183,3 @@ def test_the_whole_backward_pass(dtype, dim):
     got = pairs.run("dense")
     for name in ("rows", "bias"):
         assert_rounded(widened(got[name]), getattr(expected, name), dtype, name, expected.scale[name])
-
-
-@pytest.mark.parametrize("tile_pairs", [32, 64])
-@pytest.mark.parametrize("dim", [5, 140])
-@pytest.mark.parametrize("bad", [7, 8, 1000, 2**31 - 1, -2, -(2**31)])
-def test_classes_that_the_table_has_not_are_left_out(bad, dim, tile_pairs):
-    """No row beyond the table's is written. Bad ids lie where the sort puts them, and what is summed may suffer."""
-    few = random_ids(60, 3, 7)
-    few[::5] = bad
-    many = np.concatenate([few, np.full((100, 3), bad)])  # a segment over several tiles
-    for ids in (few, many):
-        pairs = Pairs(ids, classes=7, dim=dim)
-        for launch in ({}, {"grid": 1, "warps": 1, "order": 3}):
-            got = pairs.run("dense", tile_pairs=tile_pairs, **launch)
-            assert got["rows"].shape == (7, dim)
-            if bad == 7:  # sorted as -1 is, behind all classes
-                known = Pairs(np.where(ids == bad, -1, ids), classes=7, dim=dim)
-                known.check(got, "dense")
-
-
-@pytest.mark.parametrize("dim", [5, 140])
-def test_more_segments_than_padded_rows(dim):
-    """Ids of 300 classes where the table has 7: seven rows at most are written."""
-    for ids in (random_ids(120, 3, 300), segments(*[70] * 12, absent=3)):
-        pairs = Pairs(ids, classes=7, dim=dim)
-        got = pairs.run("padded", tile_pairs=64)
-        assert [len(array) for array in got.values()] == [7, 7, 7]
-        assert_same_bits(pairs.run("padded", tile_pairs=64, grid=3, warps=4, order=2), got)

@@ -74,14 +74,3 @@ def test_a_seed_of_any_stride_and_value():
         spread = np.zeros(6, np.int64)
         spread[::5] = seed
         assert np.array_equal(emulated.sample(noise, spread[::5], 3, 9), expected)
-
-
-@pytest.mark.parametrize("alias", [3000, 2**31 - 1, -1, -(2**31)])
-def test_an_alias_out_of_range_is_no_id(alias):
-    noise = NOISES["alias"][3]
-    noise = noise._replace(table=noise.table.copy())
-    noise.table[::3, 1] = alias
-    expected = noise.draw(SEED, 11, 64)
-    expected[(expected < 0) | (expected >= noise.n_classes)] = -1
-    assert (expected == -1).any()
-    assert np.array_equal(emulated.sample(noise, SEED, 11, 64), expected)

@@ -339,18 +339,3 @@ def test_errors_of_the_emulator_are_exceptions():
         Problem(dim=5).run(access=16)
     with pytest.raises(emulated.kernels().Error, match="block must have"):
         emulated.sample(Problem().law, np.zeros(2, np.int64), 2000, 2, threads=1025)
-
-
-@pytest.mark.parametrize("alias", [23, 2**20, 2**31 - 1, -(2**31), -1])
-@pytest.mark.parametrize("negatives", [5, 70, 200])
-@pytest.mark.parametrize("dim", [20, 520])
-@pytest.mark.parametrize("subtract", [True, False])
-def test_an_alias_out_of_range_is_a_bad_id(alias, negatives, dim, subtract):
-    """In the first tile of columns or behind it: loss NaN and no gradient, and nothing is read through the alias."""
-    problem = Problem(batch=5, dim=dim, negatives=negatives, options={"subtract_log_q": subtract})
-    problem.law.table[1::2, 1] = alias
-    problem.law.table[1::2, 0] = -(2**31)  # half of a bucket's draws are its alias
-    expected = problem.expected()
-    assert np.isnan(expected.loss).any()
-    got = check_everywhere(problem)
-    assert not got["grad_hidden"][np.isnan(got["loss"])].any()
